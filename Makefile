@@ -1,0 +1,37 @@
+# make demo    set up, then train the tiny model here, on two processes, to the end of its first phase
+# make test    set up, then run all tests
+# make check   style, types, floors
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: install demo test check format clean
+
+install: .venv/installed
+
+.venv/installed: constraints.txt setup.cfg
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, found " + sys.version.split()[0])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .[dev]
+	@# where there is no Slurm, sbatch in this environment says so and what to type instead
+	@command -v sbatch >/dev/null || install -m 755 slurm/sbatch-without-slurm .venv/bin/sbatch
+	@touch $@
+
+demo: install
+	$(BIN)/python -m launchers.submit --phase sanity_check --config configs/tiny.yaml
+
+test: install
+	$(BIN)/python -m pytest -q
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build runs data output logs *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,160 @@
+"""The FSDP2 payload: torch.distributed.checkpoint (DCP) of flat, named tensors.
+
+    model.<parameter>               fp32 master weight, or persistent buffer
+    optim.<parameter>.<state>       AdamW's exp_avg, exp_avg_sq, step
+
+Tied weights occur once: ``named_parameters`` names each parameter a single time. Hyper-parameters are not saved here;
+they come from run.yaml and the schedule.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from blake3 import blake3
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.optim import Optimizer
+
+from encdec.distributed import is_distributed
+from encdec.errors import CheckpointError
+
+DIGEST_CHUNK_BYTES = 512 * 2**20
+
+
+def training_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Every tensor that has to survive, by name; sharded parameters stay sharded (DTensor)."""
+    tensors: dict[str, Tensor] = {f"model.{name}": parameter.data for name, parameter in model.named_parameters()}
+    tensors |= {f"model.{name}": buffer for name, buffer in _persistent_buffers(model)}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optim.{name}.{key}"] = value
+    return tensors
+
+
+def save_payload(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Write ``tensors`` under ``folder``; collective, each rank writes and syncs its own files.
+
+    Raises:
+        OSError: a rank could not write.
+    """
+    with _quiet():
+        try:
+            dcp.save(
+                tensors, storage_writer=dcp.FileSystemWriter(folder, sync_files=True), no_dist=not is_distributed()
+            )
+        except BaseException as error:  # DCP's own exception derives from BaseException
+            raise _plain(error, folder) from error
+
+
+def load_payload(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
+    """Fill the model and the optimizer from ``folder`` at any world size; collective. Verify the manifest first.
+
+    Raises:
+        CheckpointError: parameters of the payload and of the model differ.
+    """
+    metadata = read_metadata(folder)
+    stored = {key for key in metadata.state_dict_metadata if key.startswith("model.")}
+    prepare_optimizer_state(metadata, model, optimizer)
+    tensors = training_tensors(model, optimizer)
+    wanted = {key for key in tensors if key.startswith("model.")}
+    if stored != wanted:
+        missing, unknown = sorted(wanted - stored), sorted(stored - wanted)
+        raise CheckpointError(
+            f"The checkpoint {folder.parent} must have the parameters of this model",
+            found=f"{len(missing)} missing {missing[:3]}, {len(unknown)} unknown {unknown[:3]}",
+            remedy="Resume with the configuration it was made with",
+        )
+    with _quiet():
+        try:
+            dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), no_dist=not is_distributed())
+        except BaseException as error:
+            raise _plain(error, folder) from error
+
+
+def prepare_optimizer_state(metadata: Metadata, model: nn.Module, optimizer: Optimizer) -> None:
+    """Make empty optimizer state of the stored names, shapes and dtypes, sharded like its parameter."""
+    parameters = dict(model.named_parameters())
+    optimizer.state.clear()
+    for key, stored in metadata.state_dict_metadata.items():
+        if not key.startswith("optim.") or not isinstance(stored, TensorStorageMetadata):
+            continue
+        name, _, state = key.removeprefix("optim.").rpartition(".")
+        if name not in parameters:
+            raise CheckpointError(
+                "Optimizer state must belong to a parameter of the model",
+                found=key,
+                remedy="Resume with the configuration it was made with",
+            )
+        parameter, dtype = parameters[name], stored.properties.dtype
+        if stored.size == parameter.shape and stored.size:
+            value = torch.zeros_like(parameter, dtype=dtype)
+        else:  # AdamW's step counter: a scalar on the host
+            value = torch.zeros(stored.size, dtype=dtype)
+        optimizer.state[parameter][state] = value.detach()
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """DCP's index of the payload. It is a pickle: call only after the manifest has been verified."""
+    return dcp.FileSystemReader(folder).read_metadata()
+
+
+def digest_payload(folder: Path, hasher: blake3) -> None:
+    """Feed every tensor's name, dtype, shape and bytes to ``hasher``, in order of name: the same for any sharding."""
+    metadata = read_metadata(folder).state_dict_metadata
+    for names in _chunks(metadata):
+        tensors = {name: torch.empty(metadata[name].size, dtype=metadata[name].properties.dtype) for name in names}  # type: ignore[union-attr]
+        with _quiet():
+            dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
+        for name, tensor in tensors.items():
+            hasher.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+            hasher.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _chunks(metadata: dict[str, Any]) -> Iterator[list[str]]:
+    """Names in order, cut so that each cut's tensors stay within DIGEST_CHUNK_BYTES (or are one tensor)."""
+    names: list[str] = []
+    size = 0
+    for name in sorted(metadata):
+        stored = metadata[name]
+        nbytes = stored.size.numel() * stored.properties.dtype.itemsize
+        if names and size + nbytes > DIGEST_CHUNK_BYTES:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += nbytes
+    if names:
+        yield names
+
+
+def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{prefix}.{name}" if prefix else name, buffer
+
+
+def _quiet() -> warnings.catch_warnings:
+    """DCP warns at every call that one process is no process group; ours is a choice, not an accident."""
+    return warnings.catch_warnings(action="ignore")
+
+
+def _plain(error: BaseException, folder: Path) -> BaseException:
+    """DCP's CheckpointException carries every rank's failure; show the first one's cause."""
+    failures = getattr(error, "failures", None)
+    if not failures:
+        return error
+    rank, wrapped = sorted(failures.items())[0]
+    cause = wrapped[0] if isinstance(wrapped, tuple) else wrapped
+    if isinstance(cause, OSError):
+        return cause
+    return CheckpointError(
+        f"Every rank must read or write its part of {folder}",
+        found=f"rank {rank}: {type(cause).__name__}: {cause}",
+        remedy="See that rank's log",
+    )

@@ -1,0 +1,151 @@
+"""The manifest: what makes a folder a checkpoint. Plain JSON with a BLAKE3 digest of every file and one of itself.
+
+    step-<k>/manifest.json          this file, written last, before the folder gets its final name
+    step-<k>/trainer_state.json     plain JSON
+    step-<k>/fsdp2/                 torch.distributed.checkpoint payload
+
+Nothing in a checkpoint is unpickled before ``verify`` has passed: DCP keeps its metadata as a pickle and has no
+checksums of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from encdec.errors import CheckpointError
+from encdec.files import atomic_write_text
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+STEP_FOLDER = re.compile(r"step-(\d+)")
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file of a checkpoint: path relative to its folder, size in bytes, BLAKE3 digest in hex."""
+
+    path: str
+    bytes: int
+    blake3: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a checkpoint holds and how it came to be."""
+
+    step: int
+    samples_consumed: int
+    world_size: int
+    sharding: str
+    attempt: int
+    run_identity: str
+    metrics: dict[str, float]
+    versions: dict[str, str]
+    time: float
+    """Seconds since the epoch."""
+    files: list[FileRecord] = field(default_factory=list)
+    format_version: int = FORMAT_VERSION
+
+    def to_text(self) -> str:
+        """JSON with the digest of everything else as its last entry."""
+        values = asdict(self)
+        return json.dumps(values | {"digest": _digest_of(values)}, indent=1) + "\n"
+
+
+def _digest_of(values: dict[str, Any]) -> str:
+    return blake3(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def hash_file(root: Path, path: Path) -> FileRecord:
+    """Size and digest of one file, memory-mapped and hashed on all cores."""
+    hasher = blake3(max_threads=blake3.AUTO)
+    hasher.update_mmap(path)
+    return FileRecord(path.relative_to(root).as_posix(), path.stat().st_size, hasher.hexdigest())
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    atomic_write_text(folder / MANIFEST, manifest.to_text())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check the manifest itself.
+
+    Raises:
+        CheckpointError: missing, torn, changed after it was written, of another format, or of another step than the
+            folder's name says.
+    """
+    path = folder / MANIFEST
+    try:
+        values = json.loads(path.read_text())
+        digest = values.pop("digest")
+        if values["format_version"] != FORMAT_VERSION:
+            raise _broken(path, f"a manifest of format {FORMAT_VERSION}", values["format_version"])
+        files = [FileRecord(**record) for record in values["files"]]
+        manifest = Manifest(**{**values, "files": files})
+    except FileNotFoundError:
+        raise _broken(path, "a manifest", "none") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _broken(path, "a readable manifest", f"{type(error).__name__}: {error}") from None
+    if digest != _digest_of(values):
+        raise _broken(path, "a manifest that matches its own digest", "another content")
+    name = STEP_FOLDER.fullmatch(folder.name)
+    if name and int(name.group(1)) != manifest.step:
+        raise _broken(path, f"step {name.group(1)}, as the folder's name says", f"step {manifest.step}")
+    return manifest
+
+
+def verify_files(folder: Path, records: Iterable[FileRecord], progress: Callable[[int], None] | None = None) -> None:
+    """Compare files with their records; ``progress`` is told the bytes done after each file.
+
+    Raises:
+        CheckpointError: naming the first file that is missing, of another size, or of other content.
+    """
+    for record in records:
+        path = folder / record.path
+        if not path.is_file():
+            raise _broken(path, "every file of the manifest", "no such file")
+        if path.stat().st_size != record.bytes:
+            raise _broken(path, f"a file of {record.bytes} bytes", f"{path.stat().st_size} bytes")
+        if hash_file(folder, path).blake3 != record.blake3:
+            raise _broken(path, f"content with BLAKE3 {record.blake3[:16]}...", "other content of the same size")
+        if progress:
+            progress(record.bytes)
+
+
+def verify_names(folder: Path, manifest: Manifest) -> None:
+    """Refuse files that the manifest does not list: they are left over from some other save.
+
+    Raises:
+        CheckpointError: naming the first such file.
+    """
+    listed = {record.path for record in manifest.files} | {MANIFEST}
+    for path in sorted(folder.rglob("*")):
+        if not path.is_dir() and path.relative_to(folder).as_posix() not in listed:
+            raise _broken(path, "only files that the manifest lists", "a file that it does not list")
+
+
+def verify(folder: Path, progress: Callable[[int], None] | None = None) -> Manifest:
+    """Check a whole checkpoint in this process.
+
+    Raises:
+        CheckpointError: naming what is wrong.
+    """
+    manifest = read_manifest(folder)
+    verify_names(folder, manifest)
+    verify_files(folder, manifest.files, progress)
+    return manifest
+
+
+def _broken(path: Path, rule: str, found: object) -> CheckpointError:
+    return CheckpointError(
+        f"A checkpoint must have {rule} at {path}",
+        found=found,
+        remedy="Use an older checkpoint; this one is not loaded",
+    )

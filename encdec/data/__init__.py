@@ -1,0 +1,1 @@
+"""Text to training batches: corpus, packed shards, global order, UL2 corruption, collation."""

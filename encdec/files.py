@@ -1,0 +1,223 @@
+"""Files that are whole or absent, and the one object that knows every path of a run directory.
+
+Write to a temporary sibling, fsync, rename, fsync the folder (POSIX rename(2) is atomic within a file system).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+def fsync_directory(path: Path) -> None:
+    """Make the names inside ``path`` durable (a rename is not, until its folder is synced)."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_file(path: Path) -> None:
+    """Make the bytes of one file durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_tree(path: Path) -> None:
+    """Make every file and folder under ``path`` durable, leaves first."""
+    for folder, _, names in os.walk(path, topdown=False):
+        for name in names:
+            fsync_file(Path(folder, name))
+        fsync_directory(Path(folder))
+
+
+def atomic_write_bytes(path: Path, content: bytes) -> None:
+    """Replace ``path`` by ``content``: readers see the old file or the new one, never a part."""
+    path = Path(path)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    fsync_directory(path.parent)
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Replace ``path`` by ``text`` in UTF-8."""
+    atomic_write_bytes(path, text.encode())
+
+
+def atomic_write_json(path: Path, value: Any) -> None:
+    """Replace ``path`` by ``value`` as JSON, two blanks per level, a newline at the end."""
+    atomic_write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def staged_directory(final: Path) -> Iterator[Path]:
+    """A private sibling of ``final`` to fill; on leaving without an error it is synced and renamed to ``final``.
+
+    Raises:
+        FileExistsError: ``final`` came into being meanwhile (its content is left alone).
+    """
+    final = Path(final)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".tmp", dir=final.parent))
+    try:
+        yield staging
+        fsync_tree(staging)
+        try:
+            os.rename(staging, final)
+        except OSError as error:  # a non-empty target gives ENOTEMPTY or EEXIST, depending on the file system
+            if final.exists():
+                raise FileExistsError(str(final)) from error
+            raise
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    fsync_directory(final.parent)
+
+
+@dataclass(frozen=True)
+class AttemptPaths:
+    """One attempt's folder: ``attempts/<n>/``."""
+
+    root: Path
+
+    @property
+    def steps(self) -> Path:
+        return self.root / "steps.jsonl"
+
+    def events(self, writer: str) -> Path:
+        """Ledger of one writer: ``node-<k>`` (its agent) or ``rank-0``. One writer per file."""
+        return self.root / f"events-{writer}.jsonl"
+
+    def heartbeat(self, node_rank: int) -> Path:
+        return self.root / f"heartbeat-{node_rank}"
+
+    def rank_logs(self, node_rank: int) -> Path:
+        return self.root / "logs" / f"node-{node_rank}"
+
+    @property
+    def outcome(self) -> Path:
+        return self.root / "outcome.json"
+
+    @property
+    def process(self) -> Path:
+        """Which process runs the attempt (JSON: host, pid, created)."""
+        return self.root / "process.json"
+
+    @property
+    def error(self) -> Path:
+        """What a rank that refused to run told its user (JSON: message, exit_code)."""
+        return self.root / "error.json"
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """Every path of a run directory. The directory is the only thing a job reads.
+
+    Args:
+        root: the run directory, on storage that all nodes share.
+    """
+
+    root: Path
+
+    @property
+    def run_yaml(self) -> Path:
+        return self.root / "run.yaml"
+
+    @property
+    def plan(self) -> Path:
+        return self.root / "plan.json"
+
+    @property
+    def code(self) -> Path:
+        return self.root / "code"
+
+    @property
+    def events(self) -> Path:
+        return self.root / "events.jsonl"
+
+    @property
+    def submitit(self) -> Path:
+        return self.root / "submitit"
+
+    @property
+    def attempts(self) -> Path:
+        return self.root / "attempts"
+
+    def attempt(self, number: int) -> AttemptPaths:
+        return AttemptPaths(self.attempts / str(number))
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def gates(self) -> Path:
+        return self.root / "gates"
+
+    @property
+    def control(self) -> Path:
+        return self.root / "control"
+
+    @property
+    def save_request(self) -> Path:
+        """Touched by a person or a program: save at the next step boundary and go on."""
+        return self.control / "SAVE"
+
+    @property
+    def stop_request(self) -> Path:
+        """Touched by a person or a program: save at the next step boundary and stop."""
+        return self.control / "STOP"
+
+    @property
+    def sanity_report(self) -> Path:
+        return self.root / "sanity_check.json"
+
+    def make(self) -> None:
+        """Make the directory and the folders in it.
+
+        Raises:
+            OSError: not writable.
+        """
+        for folder in (self.attempts, self.checkpoints, self.gates, self.control):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def attempt_numbers(self) -> list[int]:
+        """Numbers of the attempts claimed so far, ascending."""
+        if not self.attempts.is_dir():
+            return []
+        return sorted(int(entry.name) for entry in self.attempts.iterdir() if entry.name.isdigit())
+
+    def claim_attempt(self) -> int:
+        """Claim the next attempt number. Atomic: mkdir(2) succeeds for exactly one claimant of a number."""
+        self.attempts.mkdir(parents=True, exist_ok=True)
+        while True:
+            number = (self.attempt_numbers() or [-1])[-1] + 1
+            try:
+                self.attempt(number).root.mkdir(mode=0o750)
+                return number
+            except FileExistsError:
+                continue
+
+    def newest_attempt(self) -> int | None:
+        """Number of the newest attempt, or None before the first. An older one is fenced off."""
+        return (self.attempt_numbers() or [None])[-1]

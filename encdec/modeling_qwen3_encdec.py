@@ -1,0 +1,333 @@
+"""Qwen3 encoder-decoder: a bidirectional encoder, and a decoder with self- and cross-attention in one softmax.
+
+The construction is T5Gemma 2's (transformers, `models/t5gemma2`) on Qwen3's blocks: a decoder layer has the parameters
+of a Qwen3 layer and no more, so both stacks start from the same pretrained weights.
+
+Shape legend:
+    B    examples                        H    hidden size
+    S_e  encoder tokens                  V    vocabulary, rows of the shared embedding
+    S_d  decoder tokens of this call     P    decoder tokens in the cache
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModelForSeq2SeqLM, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPastAndCrossAttentions,
+    Seq2SeqLMOutput,
+)
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer as Qwen3CausalLayer
+from transformers.models.qwen3.modeling_qwen3 import (
+    Qwen3MLP,
+    Qwen3RMSNorm,
+    Qwen3RotaryEmbedding,
+)
+
+from encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
+from encdec.merged_attention import Qwen3MergedAttention, encoder_attention_bias, merged_attention_bias
+
+IGNORED_LABEL = -100  # torch's and transformers' mark for label positions without loss
+
+
+class Qwen3EncoderLayer(Qwen3CausalLayer):
+    """transformers' Qwen3 layer without the causal mask: every token sees every token."""
+
+    def __init__(self, config: Qwen3EncoderDecoderConfig, layer_idx: int) -> None:
+        # Qwen3 looks its index up in `layer_types` and in a cache. The first has one entry per DECODER layer, all of
+        # them alike, and an encoder has no cache: so the index of every encoder layer is 0.
+        super().__init__(config, layer_idx=0)
+        self.self_attn.is_causal = False
+
+
+class Qwen3DecoderLayer(GradientCheckpointingLayer):
+    """Qwen3's layer (pre-norm attention, pre-norm gated MLP) with merged attention; the parameters are the same."""
+
+    def __init__(self, config: Qwen3EncoderDecoderConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = Qwen3MergedAttention(config, layer_idx)
+        self.mlp = Qwen3MLP(config)
+        self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        past_key_values: EncoderDecoderCache | None = None,
+    ) -> torch.Tensor:
+        """[B, S_d, H] and [B, S_e, H] -> [B, S_d, H]. Both are positional: re-entrant checkpointing needs it so."""
+        hidden_states = hidden_states + self.self_attn(
+            self.input_layernorm(hidden_states),
+            encoder_hidden_states,
+            attention_mask,
+            position_embeddings,
+            past_key_values,
+        )
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class Qwen3EncoderDecoderPreTrainedModel(PreTrainedModel):
+    """What all parts share with transformers: configuration, random initialisation, loading and saving."""
+
+    config_class = Qwen3EncoderDecoderConfig
+    config: Qwen3EncoderDecoderConfig
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["Qwen3EncoderLayer", "Qwen3DecoderLayer"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _supports_sdpa = True  # flash attention cannot express the merged mask
+
+
+class Qwen3Stack(Qwen3EncoderDecoderPreTrainedModel):
+    """What encoder and decoder have in common: embedding, layers, final norm, rotary embedding.
+
+    Inside `Qwen3ForSeq2SeqLM`, `embed_tokens` is a plain reference to the parent's `shared`, not a submodule of its
+    own: the one matrix then has one name in `state_dict`, in checkpoints and for sharding. A stack built alone owns it.
+    """
+
+    def __init__(
+        self,
+        config: Qwen3EncoderDecoderConfig,
+        layer_class: type[nn.Module],
+        num_layers: int,
+        embed_tokens: nn.Embedding | None,
+    ) -> None:
+        super().__init__(config)
+        if embed_tokens is None:
+            self.embed_tokens = new_embedding(config)
+        else:
+            self.borrow_embedding(embed_tokens)
+        self.layers = nn.ModuleList(layer_class(config, index) for index in range(num_layers))
+        self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = Qwen3RotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def borrow_embedding(self, embed_tokens: nn.Embedding) -> None:
+        """Use an embedding that another module owns."""
+        self.__dict__["embed_tokens"] = embed_tokens  # past nn.Module.__setattr__, which would register it here too
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        if "embed_tokens" in self.__dict__:
+            self.borrow_embedding(value)
+        else:
+            self.embed_tokens = value
+
+    def save_pretrained(self, save_directory, *, state_dict: dict[str, torch.Tensor] | None = None, **kwargs) -> None:
+        """As transformers' own, but complete also where the embedding is borrowed."""
+        if state_dict is None:
+            state_dict = self.state_dict() | {"embed_tokens.weight": self.embed_tokens.weight}
+        super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
+
+    def _rotary(self, hidden_states: torch.Tensor, first_position: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin, each [1, S, D], of the positions from `first_position` on."""
+        end = first_position + hidden_states.shape[1]
+        return self.rotary_emb(hidden_states, torch.arange(first_position, end, device=hidden_states.device)[None])
+
+
+class Qwen3Encoder(Qwen3Stack):
+    """Bidirectional Qwen3. Stands alone, too: without `embed_tokens` it owns its embedding."""
+
+    def __init__(self, config: Qwen3EncoderDecoderConfig, embed_tokens: nn.Embedding | None = None) -> None:
+        super().__init__(config, Qwen3EncoderLayer, config.num_encoder_layers, embed_tokens)
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **_generation_kwargs
+    ) -> BaseModelOutput:
+        """Encode tokens.
+
+        Args:
+            input_ids: [B, S_e] token ids.
+            attention_mask: [B, S_e], 1 for tokens and 0 for padding; None where nothing is padded.
+            **_generation_kwargs: what `generate` hands every encoder (`return_dict`, ...); without effect.
+
+        Returns:
+            `last_hidden_state` [B, S_e, H], after the final norm.
+        """
+        hidden_states = self.embed_tokens(input_ids)
+        bias = encoder_attention_bias(attention_mask, hidden_states.dtype)
+        position_embeddings = self._rotary(hidden_states)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, attention_mask=bias, position_embeddings=position_embeddings)
+        return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
+
+
+class Qwen3Decoder(Qwen3Stack):
+    """Causal Qwen3 whose every layer also attends to the encoder's output."""
+
+    def __init__(self, config: Qwen3EncoderDecoderConfig, embed_tokens: nn.Embedding | None = None) -> None:
+        super().__init__(config, Qwen3DecoderLayer, config.num_hidden_layers, embed_tokens)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        """Decode tokens; `past_key_values` is extended in place.
+
+        Args:
+            input_ids: [B, S_d] ids of the tokens that are not in the cache.
+            encoder_hidden_states: [B, S_e, H], the encoder's output.
+            attention_mask: [B, P + S_d], 1 for tokens and 0 for padding; None where nothing is padded.
+            encoder_attention_mask: [B, S_e], likewise.
+            past_key_values: cache of P tokens, or None.
+
+        Returns:
+            `last_hidden_state` [B, S_d, H], after the final norm, and `past_key_values`.
+        """
+        hidden_states = self.embed_tokens(input_ids)
+        num_cached = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        bias = merged_attention_bias(
+            hidden_states, encoder_hidden_states, attention_mask, encoder_attention_mask, num_cached
+        )
+        position_embeddings = self._rotary(hidden_states, first_position=num_cached)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states, encoder_hidden_states, bias, position_embeddings, past_key_values=past_key_values
+            )
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
+        )
+
+
+class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
+    """Encoder, decoder and language-model head around one matrix, `shared.weight` [V, H].
+
+    The head is a product with that matrix inside `forward`: there is exactly one parameter to shard, save and update.
+    Under FSDP2, `fully_shard` each of `transformer_layers()` and then the model. The root group owns `shared` and the
+    two final norms, which is why training must enter through this `forward` and not through a stack's.
+    """
+
+    def __init__(self, config: Qwen3EncoderDecoderConfig) -> None:
+        super().__init__(config)
+        self.shared = new_embedding(config)
+        self.encoder = Qwen3Encoder(config, self.shared)
+        self.decoder = Qwen3Decoder(config, self.shared)
+        self.post_init()
+
+    def transformer_layers(self) -> Iterator[Qwen3EncoderLayer | Qwen3DecoderLayer]:
+        """The units of sharding and activation checkpointing: encoder layers, then decoder layers."""
+        yield from self.encoder.layers
+        yield from self.decoder.layers
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.shared
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.shared = value
+        self.encoder.borrow_embedding(value)
+        self.decoder.borrow_embedding(value)
+
+    def get_output_embeddings(self) -> None:
+        """None: the head has no module of its own to resize or tie."""
+
+    def get_encoder(self, modality: str | None = None) -> Qwen3Encoder:
+        return self.encoder
+
+    def get_decoder(self) -> Qwen3Decoder:
+        return self.decoder
+
+    def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
+        """[B, S_d] labels -> [B, S_d] decoder inputs: shifted right behind the start token, -100 read as padding."""
+        shifted = F.pad(labels, (1, 0), value=self.config.decoder_start_token_id)[:, :-1]
+        return shifted.masked_fill(shifted == IGNORED_LABEL, self.config.pad_token_id)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: BaseModelOutput | tuple[torch.Tensor] | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        use_cache: bool | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **_generation_kwargs,
+    ) -> Seq2SeqLMOutput:
+        """One teacher-forced pass, or one step of generation.
+
+        Args:
+            input_ids: [B, S_e] encoder tokens; not needed where `encoder_outputs` is given.
+            attention_mask: [B, S_e], 1 for tokens and 0 for padding; None where nothing is padded (faster).
+            labels: [B, S_d] target ids, -100 where there is no loss.
+            decoder_input_ids: [B, S_d]; by default the labels, shifted right.
+            decoder_attention_mask: [B, P + S_d]. Padding behind the targets needs none: nothing looks ahead.
+            encoder_outputs: what the encoder returned before.
+            past_key_values: cache to extend.
+            use_cache: start a cache where none is given; off by default whenever there are labels.
+            num_items_in_batch: what to divide the summed loss by, in tokens: with gradient accumulation or several
+                ranks, the label tokens of the whole global batch; default: those of this call.
+            **_generation_kwargs: what `generate` hands every model (`return_dict`, `cache_position`); without effect.
+
+        Returns:
+            `loss` (scalar, float32, None without labels), `logits` [B, S_d, V], `past_key_values`,
+            `encoder_last_hidden_state` [B, S_e, H].
+
+        Raises:
+            ValueError: neither encoder input, or neither decoder input, is given.
+        """
+        if decoder_input_ids is None and labels is not None:
+            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        if decoder_input_ids is None or (input_ids is None and encoder_outputs is None):
+            raise ValueError("give input_ids or encoder_outputs, and labels or decoder_input_ids")
+        if encoder_outputs is None:
+            encoder_outputs = self.encoder(input_ids, attention_mask)
+        if use_cache and past_key_values is None:
+            past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
+
+        decoded = self.decoder(
+            decoder_input_ids,
+            encoder_outputs[0],
+            attention_mask=decoder_attention_mask,
+            encoder_attention_mask=attention_mask,
+            past_key_values=past_key_values,
+        )
+        logits = F.linear(decoded.last_hidden_state, self.shared.weight)
+        return Seq2SeqLMOutput(
+            loss=None if labels is None else token_cross_entropy(logits, labels, num_items_in_batch),
+            logits=logits,
+            past_key_values=decoded.past_key_values,
+            encoder_last_hidden_state=encoder_outputs[0],
+        )
+
+
+def token_cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+) -> torch.Tensor:
+    """Cross-entropy in nats, summed in float32 over labelled tokens, over `num_items_in_batch` or their own number.
+
+    Args:
+        logits: [B, S_d, V].
+        labels: [B, S_d], -100 where there is no loss. A batch without any label has loss 0.
+        num_items_in_batch: the divisor, in tokens.
+    """
+    total = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
+    if num_items_in_batch is None:
+        num_items_in_batch = (labels != IGNORED_LABEL).sum().clamp(min=1)
+    return total / num_items_in_batch
+
+
+def new_embedding(config: Qwen3EncoderDecoderConfig) -> nn.Embedding:
+    """The token embedding [V, H]. No padding_idx: it would stop the gradient of the padding row, which is the decoder's
+    start token as well."""
+    return nn.Embedding(config.vocab_size, config.hidden_size)
+
+
+AutoModelForSeq2SeqLM.register(Qwen3EncoderDecoderConfig, Qwen3ForSeq2SeqLM)

@@ -1,0 +1,121 @@
+"""Plain records that cross files and processes: one JSON object a line, appended, never rewritten.
+
+A killed writer leaves at most one torn last line. Readers skip it, and the next writer starts on a fresh line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+class JsonLinesWriter:
+    """Appends records to one file; one writer per file. A line is handed to the kernel as one write.
+
+    Args:
+        path: the file; its folder must exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o640)
+        size = os.fstat(self._descriptor).st_size
+        if size and os.pread(self._descriptor, 1, size - 1) != b"\n":
+            os.write(self._descriptor, b"\n")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append ``record`` as one line."""
+        os.write(self._descriptor, json.dumps(record).encode() + b"\n")
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> JsonLinesWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of a JSON-lines file; a missing file has none, a torn line is skipped."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return
+    for line in content.splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            yield record
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """What one optimizer step did, over all ranks."""
+
+    step: int
+    """Optimizer steps done, this one included; the first step of a phase is 1."""
+    loss: float
+    """Mean cross-entropy over the global batch's target tokens, nats."""
+    grad_norm: float
+    """Global L2 norm before clipping."""
+    learning_rate: float
+    tokens_seen: int
+    """Raw corpus tokens consumed since the phase began (no padding, no sentinels)."""
+    tokens_per_second: float
+    """Raw corpus tokens per second of this step, all ranks together."""
+    step_seconds: float
+    data_seconds: float
+    """Part of ``step_seconds`` that rank 0 waited for data."""
+    samples_consumed: int
+    memory_gb: float
+    """Resident memory of rank 0's process, or allocated GPU memory where there is a GPU."""
+    attempt: int
+    restart: int
+    """In-place restarts of this attempt so far."""
+    time: float = field(default_factory=time.time)
+    """Seconds since the epoch."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def event(kind: str, **facts: Any) -> dict[str, Any]:
+    """One entry of the ledger: its kind, the time in seconds since the epoch, and the facts."""
+    return {"event": kind, "time": time.time(), **facts}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How an attempt ended: ``attempts/<n>/outcome.json``."""
+
+    cause: str
+    """complete | signalled | stop_requested | gate | refused | crash"""
+    exit_code: int
+    step: int
+    """Last step done."""
+    checkpoint: str | None
+    """Name of the last checkpoint committed by this attempt."""
+    message: str
+    """One paragraph for a person."""
+    restarts: int = 0
+    """Times the ranks were started again in place."""
+    checkpoint_verified: bool = False
+    """Whether the last checkpoint was read back and all its digests matched."""
+    first_loss: float | None = None
+    """Mean over the phase's first steps, nats."""
+    last_loss: float | None = None
+    """Mean over the last steps, nats."""
+    time: float = field(default_factory=time.time)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)

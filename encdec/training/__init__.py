@@ -1,0 +1,1 @@
+"""Configuration, phases and the trainer. Importing this package imports no torch."""

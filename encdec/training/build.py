@@ -1,0 +1,242 @@
+"""Resolved run -> tokenizer, packed text, model, trainer: what one rank assembles before it trains."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from blake3 import blake3
+
+from encdec import distributed
+from encdec.checkpoints import CheckpointManager
+from encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
+from encdec.data.collator import UL2DataCollator
+from encdec.data.corpus import Corpus, open_corpus
+from encdec.data.packing import ensure_packed, open_packed
+from encdec.data.sampler import GlobalBatchSampler
+from encdec.data.ul2_dataset import EvaluationBatches, UL2Dataset, build_dataloader
+from encdec.errors import FencedError
+from encdec.files import RunPaths, staged_directory
+from encdec.modeling_qwen3_encdec import Qwen3ForSeq2SeqLM
+from encdec.tokenization_qwen3_encdec import Qwen3EncoderDecoderTokenizer
+from encdec.training import sharding
+from encdec.training.config import FullConfig
+from encdec.training.observers import Observer, Records, TensorBoard, TextLog, WeightsAndBiases
+from encdec.training.run_config import RunConfig
+from encdec.training.signals import Requests
+from encdec.training.trainer import Qwen3EncoderDecoderTrainer
+from encdec.weight_initialization import build_from_scratch, initialize_from_qwen3
+
+log = logging.getLogger("encdec.train")
+SECONDS_BETWEEN_LOOKS = 0.05
+
+
+def prepare_text(run: RunConfig) -> tuple[Qwen3EncoderDecoderTokenizer, Path]:
+    """The tokenizer and the folder of packed text, made once and then reused by every run and rank.
+
+    Global rank 0 makes what is missing, however long it takes; the others wait for the finished folders. This happens
+    before there is a process group, whose collectives would time out.
+    """
+    config, data = run.config, run.config.data
+    corpus = open_corpus(
+        data.dataset_name,
+        text_column=data.text_column,
+        dataset_config=data.dataset_config,
+        streaming=data.streaming,
+        max_examples=data.max_examples,
+    )
+    first = int(os.environ.get("RANK", 0)) == 0
+    tokenizer = _tokenizer(config, corpus, first)
+    folder = Path(data.packed_dir) / f"packed-{_key(corpus, tokenizer, run)}"
+    if first:
+        began = time.perf_counter()
+        index = ensure_packed(
+            corpus, tokenizer, folder, sample_length=run.sample_length, validation_fraction=data.validation_fraction
+        )
+        samples = index.splits["train"].samples
+        log.info(
+            "%s: %d samples of %d tokens, ready in %.1f s",
+            index.corpus,
+            samples,
+            index.sample_length,
+            time.perf_counter() - began,
+        )
+    else:
+        _wait_for(folder)
+    return tokenizer, folder
+
+
+def _tokenizer(config: FullConfig, corpus: Corpus, first: bool) -> Qwen3EncoderDecoderTokenizer:
+    model = config.model
+    if model.train_tokenizer_vocab_size is None:
+        name = model.tokenizer_name_or_path or model.model_name_or_path
+        return Qwen3EncoderDecoderTokenizer.from_pretrained(name, num_sentinel_tokens=model.num_sentinel_tokens)
+    facts = (corpus.fingerprint(), model.train_tokenizer_vocab_size, model.num_sentinel_tokens)
+    folder = Path(config.data.packed_dir) / f"tokenizer-{_short_digest(*facts)}"
+    if first and not folder.is_dir():
+        log.info("training a tokenizer of %d entries on %s", model.train_tokenizer_vocab_size, corpus.description)
+        made = Qwen3EncoderDecoderTokenizer.train_from_texts(
+            corpus.documents(), model.train_tokenizer_vocab_size, model.num_sentinel_tokens
+        )
+        try:
+            with staged_directory(folder) as staging:
+                made.save_pretrained(staging)
+        except FileExistsError:
+            log.info("another run has made the same tokenizer meanwhile")
+    _wait_for(folder)
+    return Qwen3EncoderDecoderTokenizer.from_pretrained(str(folder))
+
+
+def _key(corpus: Corpus, tokenizer: Qwen3EncoderDecoderTokenizer, run: RunConfig) -> str:
+    fraction = run.config.data.validation_fraction
+    return _short_digest(corpus.fingerprint(), tokenizer.fingerprint(), run.sample_length, fraction)
+
+
+def _short_digest(*facts: object) -> str:
+    return blake3(repr(facts).encode()).hexdigest()[:16]
+
+
+def _wait_for(folder: Path) -> None:
+    while not folder.is_dir():
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+def build_model(config: FullConfig, tokenizer: Qwen3EncoderDecoderTokenizer) -> Qwen3ForSeq2SeqLM:
+    """The unsharded model on the host, fp32; the same on every rank."""
+    settings = config.model
+    if settings.from_scratch is None:
+        model = initialize_from_qwen3(
+            settings.model_name_or_path, settings.num_sentinel_tokens, tokenizer=tokenizer, dtype=torch.float32
+        )
+    else:
+        shape = Qwen3EncoderDecoderConfig(
+            vocab_size=len(tokenizer),
+            num_sentinel_tokens=settings.num_sentinel_tokens,
+            sentinel_start_id=tokenizer.sentinel_ids[0],
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            decoder_start_token_id=tokenizer.decoder_start_token_id,
+            **settings.from_scratch.model_dump(),
+        )
+        model = build_from_scratch(shape, config.training.seed)
+    tokenizer.assert_matches(model.config)
+    model.set_attn_implementation("sdpa" if settings.use_flash_attention else "eager")
+    if config.infra.fsdp_activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def build_trainer(
+    run: RunConfig,
+    paths: RunPaths,
+    *,
+    attempt: int,
+    restart: int,
+    tokenizer: Qwen3EncoderDecoderTokenizer,
+    packed: Path,
+    model: Qwen3ForSeq2SeqLM,
+    device: torch.device,
+    requests: Requests,
+) -> Qwen3EncoderDecoderTrainer:
+    """Shard, prove the sharding, and put the trainer together; collective."""
+    config = run.config
+    model.to(device)
+    dtype = sharding.compute_dtype(config.training, device)
+    sharding.shard(model, model.transformer_layers(), config.infra, dtype)
+    log.info("%s, computing in %s", sharding.prove_sharding(model, distributed.world_size()), dtype)
+    rank, world = distributed.rank(), distributed.world_size()
+    micro, _ = run.micro_batches(world)
+    dataset = UL2Dataset(open_packed(packed, "train"))
+    collator = UL2DataCollator(
+        tokenizer,
+        config.data.max_encoder_length,
+        config.data.max_decoder_length,
+        task_weights=tuple(config.data.ul2_task_weights),
+        seed=config.training.seed,
+    )
+    sampler = GlobalBatchSampler(len(dataset), run.global_batch_size, micro, rank, world, config.training.seed)
+    loader = build_dataloader(
+        dataset, collator, sampler, num_workers=config.data.dataloader_num_workers, pin_memory=device.type == "cuda"
+    )
+    return Qwen3EncoderDecoderTrainer(
+        model,
+        tokenizer,
+        config,
+        loader,
+        evaluation_batches(config, packed, collator),
+        checkpoints=CheckpointManager(
+            paths.checkpoints,
+            config.training.save_total_limit,
+            attempt=attempt,
+            run_identity=run.identity,
+            fence=fence(paths, attempt),
+        ),
+        sample_length=run.sample_length,
+        total_steps=run.num_train_steps,
+        warmup_steps=run.warmup_steps,
+        requests=requests,
+        observers=observers(run, paths, attempt) if rank == 0 else (),
+        attempt=attempt,
+        restart=restart,
+    )
+
+
+def evaluation_batches(config: FullConfig, packed: Path, collator: UL2DataCollator) -> EvaluationBatches | None:
+    """The same held-out batches at every evaluation, as many on each rank; None where evaluation is switched off."""
+    if not config.training.eval_samples or not config.data.validation_fraction:
+        return None
+    held_out = open_packed(packed, "validation")
+    if not len(held_out):
+        log.warning("no evaluation: the held-out documents are shorter than one sample")
+        return None
+    return EvaluationBatches(
+        held_out,
+        collator,
+        max_samples=config.training.eval_samples,
+        batch_size=config.training.per_device_eval_batch_size,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+    )
+
+
+def observers(run: RunConfig, paths: RunPaths, attempt: int) -> list[Observer]:
+    """Who is told about the steps: the records always, the trackers as configured."""
+    files = paths.attempt(attempt)
+    infra, training = run.config.infra, run.config.training
+    told: list[Observer] = [
+        Records(files.steps, files.events("rank-0")),
+        TextLog(run.num_train_steps, training.logging_steps),
+    ]
+    if "tensorboard" in training.report_to:
+        told.append(TensorBoard(paths.root / "tensorboard"))
+    if "wandb" in training.report_to:
+        told.append(
+            WeightsAndBiases(
+                paths.root / "wandb",
+                run_id=f"{run.name}-{run.identity[:8]}",
+                project=infra.wandb_project,
+                entity=infra.wandb_entity,
+                name=infra.wandb_run_name or run.name,
+                config=run.to_mapping(),
+            )
+        )
+    return told
+
+
+def fence(paths: RunPaths, attempt: int) -> Callable[[], None]:
+    """Raises, just before a commit, if a newer attempt has begun: a rank cut off from its cluster may still be alive."""
+
+    def check() -> None:
+        newest = paths.newest_attempt()
+        if newest is not None and newest > attempt:
+            raise FencedError(
+                "Only the newest attempt of a run may write",
+                found=f"attempt {attempt}, while attempt {newest} has begun",
+                remedy="Nothing to do: the newer attempt goes on",
+            )
+
+    return check

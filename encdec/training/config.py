@@ -1,0 +1,405 @@
+"""The configuration tree: strict, keyword-only, checked on construction and on assignment.
+
+``FullConfig.from_yaml`` reads a file, ``apply_settings`` lays ``section.key=value`` over it, ``to_yaml`` writes it back
+without loss. A bad value or an unknown key is refused with its path and the nearest known key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from encdec.errors import ConfigError
+from encdec.files import atomic_write_text
+
+PhaseName = Literal["sanity_check", "validation", "medium", "full"]
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """One part of the tree: no unknown keys, no silent conversions, checked on assignment too."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        validate_assignment=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        before = dict(self.__dict__)
+        try:
+            super().__setattr__(name, value)
+        except ValidationError:  # pydantic leaves the value in place when a rule over several fields refuses it
+            self.__dict__.clear()
+            self.__dict__.update(before)
+            raise
+
+
+class ArchitectureConfig(Section):
+    """Sizes of a model that starts from random weights. Encoder and decoder are alike."""
+
+    hidden_size: PositiveInt
+    """Width of the residual stream."""
+    intermediate_size: PositiveInt
+    """Width of the gated feed-forward."""
+    num_hidden_layers: PositiveInt
+    """Layers in the encoder, and again in the decoder."""
+    num_attention_heads: PositiveInt
+    """Query heads."""
+    num_key_value_heads: PositiveInt
+    """Key and value heads; divides the query heads."""
+    head_dim: PositiveInt
+    """Width of one head; not derived from hidden_size (Qwen3 keeps it explicit)."""
+    max_position_embeddings: PositiveInt = 8192
+    """Longest sequence, tokens."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> ArchitectureConfig:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads must divide num_attention_heads, found {self.num_key_value_heads} "
+                f"and {self.num_attention_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary positions, found {self.head_dim}")
+        return self
+
+
+class ModelConfig(Section):
+    """Which model, and how it is built."""
+
+    model_name_or_path: str = "Qwen/Qwen3-0.6B"
+    """Qwen3 checkpoint (hub id or directory) whose blocks start both stacks. Not read when ``from_scratch`` is given."""
+    tokenizer_name_or_path: str | None = None
+    """Qwen2/Qwen3 tokenizer (hub id or directory); the same as the model unless given."""
+    num_sentinel_tokens: PositiveInt = 100
+    """Sentinels for span corruption; also the most spans one example can have."""
+    use_flash_attention: bool = True
+    """Fused attention (torch SDPA picks the fastest kernel that can express the merged mask); False: plain matrix products."""
+    from_scratch: ArchitectureConfig | None = None
+    """Sizes of a model with random weights, instead of ``model_name_or_path``."""
+    train_tokenizer_vocab_size: PositiveInt | None = None
+    """Entries of a byte-level BPE trained on the corpus, sentinels included, instead of ``tokenizer_name_or_path``."""
+
+
+class DataConfig(Section):
+    """Which text, and how it is cut into samples."""
+
+    dataset_name: str = "HuggingFaceFW/fineweb-edu"
+    """Hub data set, local .txt/.jsonl/.parquet file or folder, or "python-stdlib": this Python's own sources and documentation."""
+    dataset_config: str | None = None
+    """Configuration name of a hub data set."""
+    text_column: str = "text"
+    """Column or JSON key that holds the text."""
+    streaming: bool = True
+    """Read a hub data set as a stream while it is packed (no full download first)."""
+    max_seq_length: PositiveInt = 8192
+    """Most raw tokens of one sample before corruption; the lengths below may bind first."""
+    max_encoder_length: PositiveInt = 4096
+    """Longest encoder input, tokens, sentinels and EOS included."""
+    max_decoder_length: PositiveInt = 2048
+    """Longest decoder target, tokens, sentinels and EOS included."""
+    ul2_task_weights: Annotated[list[NonNegativeFloat], Field(min_length=5, max_length=5)] = [1.0, 1.0, 1.0, 1.0, 4.0]
+    """Relative frequency of the denoisers R1, R2, X1, X2, S."""
+    preprocessing_num_workers: PositiveInt = 4
+    """Threads of the tokenizer while text is packed."""
+    dataloader_num_workers: NonNegativeInt = 2
+    """Loader processes a rank; 0 loads inside the rank. Batches do not depend on it."""
+    shuffle_buffer_size: PositiveInt = 10_000
+    """Documents in the shuffle buffer of streamed training (``tokenize_on_fly``); packed training shuffles everything."""
+    max_examples: PositiveInt | None = None
+    """Read at most this many documents."""
+    validation_fraction: Fraction = 0.01
+    """Part of the documents held out for evaluation."""
+    packed_dir: str = "data"
+    """Folder of packed shards, shared by all runs with the same corpus, tokenizer and lengths."""
+    tokenize_on_fly: bool = False
+    """Tokenize while training instead of packing first."""
+    sources: list[str] | None = None
+    """Several data sets to mix."""
+    mix_ratios: list[PositiveFloat] | None = None
+    """Relative share of each source."""
+
+
+class TrainingConfig(Section):
+    """Optimization, intervals, tracking."""
+
+    per_device_train_batch_size: PositiveInt = 4
+    """Samples of one micro-batch on one rank."""
+    per_device_eval_batch_size: PositiveInt = 8
+    """Samples of one evaluation batch on one rank."""
+    gradient_accumulation_steps: PositiveInt = 8
+    """Micro-batches per optimizer step and rank. Computed instead when ``global_batch_size`` is given."""
+    global_batch_size: PositiveInt | None = None
+    """Samples per optimizer step over all ranks. When given it holds at any world size; else micro x accumulation x ranks."""
+    learning_rate: PositiveFloat = 2e-4
+    """Peak learning rate."""
+    weight_decay: NonNegativeFloat = 0.01
+    """Decoupled weight decay; none on biases and norms."""
+    adam_beta1: Fraction = 0.9
+    """Decay of AdamW's first moment."""
+    adam_beta2: Fraction = 0.999
+    """Decay of AdamW's second moment."""
+    adam_epsilon: PositiveFloat = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Global L2 norm to which gradients are clipped."""
+    num_train_steps: PositiveInt = 100_000
+    """Most optimizer steps. A phase's own table goes before."""
+    total_tokens: PositiveInt | None = None
+    """Most raw tokens. The run stops at whichever of steps and tokens comes first."""
+    warmup_steps: NonNegativeInt = 1000
+    """Steps of linear warm-up; a phase uses at most 10 % of its steps."""
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the decay after warm-up."""
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Learning rate at the end over its peak."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """Optimizer."""
+    bf16: bool = True
+    """Compute in bfloat16 (parameters and reductions stay fp32); falls back to fp32 with a warning where hardware lacks it."""
+    fp16: bool = False
+    """Compute in float16."""
+    save_steps: PositiveInt = 1000
+    """Steps between checkpoints."""
+    save_total_limit: PositiveInt = 5
+    """Checkpoints kept. The best one and the last valid one are never deleted."""
+    eval_steps: PositiveInt = 500
+    """Steps between evaluations."""
+    eval_samples: NonNegativeInt = 1000
+    """Held-out samples of one evaluation, over all ranks; 0: no evaluation."""
+    logging_steps: PositiveInt = 10
+    """Steps between lines of the text log. Step records are written at every step."""
+    report_to: list[Literal["wandb", "tensorboard"]] = ["wandb", "tensorboard"]
+    """Trackers."""
+    seed: NonNegativeInt = 42
+    """Seed of initial weights, order of samples and corruption."""
+    early_stopping_enabled: bool = True
+    """Stop on a plateau of the training loss or on repeated gradient spikes."""
+    early_stopping_patience: PositiveInt = 5
+    """Checks without improvement before a stop; one check an evaluation interval."""
+    early_stopping_min_delta: NonNegativeFloat = 0.01
+    """Smallest fall of the 50-step mean loss that counts as improvement, nats."""
+    grad_spike_threshold: PositiveFloat = 1000.0
+    """Gradient norm that counts as a spike."""
+    grad_spike_patience: PositiveInt = 3
+    """Consecutive spikes before a stop."""
+
+
+class InfraConfig(Section):
+    """Where and on what the job runs."""
+
+    output_dir: str = "./output"
+    """Output of ``encdec.train`` as a program of its own; under the launcher everything lies in the run directory."""
+    logging_dir: str = "./logs"
+    """Logs of ``encdec.train`` as a program of its own."""
+    device: Literal["cuda", "cpu"] = "cuda"
+    """Kind of device of every rank. Never changed silently: a missing GPU is an error."""
+    distributed_type: Literal["fsdp", "deepspeed", "ddp"] = "fsdp"
+    """How the model is spread over the ranks."""
+    fsdp_sharding_strategy: Literal["FULL_SHARD", "SHARD_GRAD_OP"] = "FULL_SHARD"
+    """FULL_SHARD frees parameters after the forward pass, SHARD_GRAD_OP keeps them until after backward."""
+    fsdp_activation_checkpointing: bool = True
+    """Recompute activations of each layer in the backward pass."""
+    fsdp_cpu_offload: bool = False
+    """Keep parameters and optimizer state in host memory."""
+    deepspeed_config: str | None = None
+    """DeepSpeed JSON file."""
+    num_gpus: PositiveInt = 8
+    """Ranks per node (one a GPU, or one a process where device is cpu)."""
+    wandb_project: str = "qwen3-encoder-decoder"
+    """W&B project."""
+    wandb_entity: str | None = None
+    """W&B entity."""
+    wandb_run_name: str | None = None
+    """W&B run name; the run directory's name unless given."""
+
+
+class PhaseOverrides(Section):
+    """What a YAML file changes in a phase's table row. None leaves the table's value."""
+
+    num_tokens: PositiveInt | None = None
+    """Raw tokens of the phase."""
+    num_train_steps: PositiveInt | None = None
+    """Optimizer steps of the phase."""
+    eval_steps: PositiveInt | None = None
+    """Steps between evaluations."""
+    save_steps: PositiveInt | None = None
+    """Steps between checkpoints."""
+    logging_steps: PositiveInt | None = None
+    """Steps between lines of the text log."""
+    max_loss_after_warmup: PositiveFloat | None = None
+    """Highest loss allowed after warm-up, nats."""
+    min_loss_decrease: float | None = None
+    """Least fall of the loss from the first steps to the last, nats."""
+
+
+class FullConfig(Section):
+    """The whole tree. ``FullConfig()`` is the default 0.6B-based run."""
+
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    infra: InfraConfig = Field(default_factory=InfraConfig)
+    phases: dict[PhaseName, PhaseOverrides] = Field(default_factory=dict)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> FullConfig:
+        """Read a YAML file.
+
+        Raises:
+            ConfigError: the file is missing, is no YAML mapping, or breaks a rule; the message names the key's path.
+        """
+        return cls.from_mapping(read_yaml(path), source=str(path))
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], *, source: str) -> FullConfig:
+        """Build from plain nested values; ``source`` names where they came from in an error."""
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise _explain(error, source) from None
+
+    def to_yaml(self, path: str | Path) -> None:
+        """Write the tree so that ``from_yaml`` gives an equal one."""
+        atomic_write_text(Path(path), yaml.safe_dump(self.model_dump(), sort_keys=False))
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that also reads 2e-4 as a number (YAML 1.1 would make it a string)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """One YAML document as plain values; 2e-4 is a number."""
+    return yaml.load(text, Loader=_Loader)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping; an empty file is an empty mapping.
+
+    Raises:
+        ConfigError: unreadable, not YAML, or not a mapping.
+    """
+    try:
+        values = parse_yaml(Path(path).read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            "The configuration file must be readable",
+            found=f"{path} ({getattr(error, 'strerror', None) or error})",
+            remedy="Give --config the path of a YAML file, for example configs/tiny.yaml",
+        ) from None
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            "The configuration file must be YAML",
+            found=f"{path}: {' '.join(str(error).split())}",
+            remedy="Mend that line; configs/tiny.yaml shows the form",
+        ) from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(
+            "A configuration file must be a mapping of sections",
+            found=f"a {type(values).__name__} in {path}",
+            remedy=f"Start it with one of the sections {', '.join(FullConfig.model_fields)}",
+        )
+    return values
+
+
+def apply_settings(values: Mapping[str, Any], settings: Iterable[str]) -> dict[str, Any]:
+    """``values`` with each ``section.key=value`` laid over it; values are read as YAML (null, true, 2e-4, [1, 2]).
+
+    Raises:
+        ConfigError: a setting without ``=``, or a path that goes through a value that is not a mapping.
+    """
+    result = _deep_copy(values)
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        keys = path.strip().split(".")
+        if not equals or len(keys) < 2 or not all(keys):
+            raise ConfigError(
+                "--set takes section.key=value",
+                found=repr(setting),
+                remedy="Write for example --set training.learning_rate=1e-3",
+            )
+        try:
+            value = parse_yaml(text)
+        except yaml.YAMLError:
+            raise ConfigError(
+                "The value of --set must be YAML",
+                found=repr(setting),
+                remedy="Quote it, for example --set 'a.b=\"x: y\"'",
+            ) from None
+        node = result
+        for key in keys[:-1]:
+            if node.get(key) is None:
+                node[key] = {}
+            node = node[key]
+            if not isinstance(node, dict):
+                raise ConfigError(
+                    f"--set {path} goes through {key}, which must be a section",
+                    found=type(node).__name__,
+                    remedy="Give the path of one value",
+                )
+        node[keys[-1]] = value
+    return result
+
+
+def _deep_copy(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _deep_copy(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+
+
+def _explain(error: ValidationError, source: str) -> ConfigError:
+    """One ConfigError for the first problem, with the count of the others."""
+    problems = error.errors(include_url=False)
+    first, others = problems[0], len(problems) - 1
+    path = ".".join(str(part) for part in first["loc"] if part != "[key]") or "(top level)"
+    more = f" ({others} more problem{'s' if others > 1 else ''} after this one)" if others else ""
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(first["loc"])
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        return ConfigError(
+            f"{source}: every key must be known",
+            found=path + more,
+            remedy=f"Write {near[0]} instead" if near else f"Known keys there: {', '.join(known)}",
+        )
+    value = first.get("input")
+    shown = repr(value) if not isinstance(value, dict) else "a mapping"
+    rule = first["msg"].removeprefix("Value error, ")
+    return ConfigError(
+        f"{source}: {path} breaks the rule '{rule[0].lower() + rule[1:]}'",
+        found=f"{shown} of type {type(value).__name__}{more}",
+        remedy=f"Correct {path} in the file or with --set {path}=VALUE",
+    )
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    """Keys allowed where the unknown key at ``location`` stands."""
+    section: type[BaseModel] = FullConfig
+    for part in location[:-1]:
+        if part == "phases":
+            section = PhaseOverrides
+        elif str(part) in section.model_fields:
+            annotation = section.model_fields[str(part)].annotation
+            candidates = [annotation, *getattr(annotation, "__args__", ())]
+            section = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), section)
+    return list(section.model_fields)

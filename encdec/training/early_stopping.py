@@ -1,0 +1,53 @@
+"""Stops a run whose loss no longer falls or whose gradients explode; plain JSON state, so exact across restarts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from encdec.training.config import TrainingConfig
+
+EXEMPT_STEPS = 50
+"""Steps at the start that are never judged."""
+
+
+class EarlyStopping:
+    """Plateau of the mean training loss, or consecutive gradient spikes.
+
+    Args:
+        training: its ``early_stopping_*`` and ``grad_spike_*`` fields.
+    """
+
+    def __init__(self, training: TrainingConfig) -> None:
+        self._rules = training
+        self._state: dict[str, Any] = {"best_loss": None, "checks_without_improvement": 0, "spikes": 0}
+
+    def after_step(self, step: int, grad_norm: float) -> str | None:
+        """Reason to stop after this step, or None."""
+        if not self._rules.early_stopping_enabled or step <= EXEMPT_STEPS:
+            return None
+        self._state["spikes"] = self._state["spikes"] + 1 if grad_norm > self._rules.grad_spike_threshold else 0
+        if self._state["spikes"] < self._rules.grad_spike_patience:
+            return None
+        return (
+            f"gradient norm above {self._rules.grad_spike_threshold:g} for {self._state['spikes']} consecutive steps, "
+            f"last {grad_norm:.4g}"
+        )
+
+    def at_check(self, step: int, mean_loss: float) -> str | None:
+        """Reason to stop at a check (one an evaluation interval), or None."""
+        if not self._rules.early_stopping_enabled or step <= EXEMPT_STEPS:
+            return None
+        best = self._state["best_loss"]
+        if best is None or mean_loss < best - self._rules.early_stopping_min_delta:
+            self._state.update(best_loss=mean_loss, checks_without_improvement=0)
+            return None
+        self._state["checks_without_improvement"] += 1
+        if self._state["checks_without_improvement"] < self._rules.early_stopping_patience:
+            return None
+        return f"mean loss {mean_loss:.4f} has not fallen below {best:.4f} for {self._rules.early_stopping_patience} checks"
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self._state)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._state.update(state)

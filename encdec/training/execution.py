@@ -1,0 +1,54 @@
+"""The phases as a table, and the arithmetic that goes with them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from encdec.estimates import estimate_steps_for_tokens, estimate_training_time
+
+__all__ = ["PHASE_CONFIGS", "PhaseConfig", "TrainingPhase", "estimate_steps_for_tokens", "estimate_training_time"]
+
+
+class TrainingPhase(StrEnum):
+    """The phases, in the order in which they are earned."""
+
+    SANITY_CHECK = "sanity_check"
+    VALIDATION = "validation"
+    MEDIUM = "medium"
+    FULL = "full"
+
+
+@dataclass(frozen=True)
+class PhaseConfig:
+    """One row of the phase table.
+
+    ``num_tokens`` counts raw tokens without padding; losses are in nats. A step field that is None leaves the value of
+    the ``training:`` section. A run stops at whichever of tokens and steps comes first.
+    """
+
+    phase: TrainingPhase
+    num_tokens: int
+    description: str
+    num_train_steps: int | None = None
+    eval_steps: int | None = None
+    save_steps: int | None = None
+    logging_steps: int | None = None
+    max_loss_after_warmup: float = 10.0
+    min_loss_decrease: float = 0.1
+
+
+def _row(phase: TrainingPhase, tokens: int, text: str, steps: tuple[int, int, int, int], bounds: tuple[float, float]):
+    return PhaseConfig(phase, tokens, text, *steps, *bounds)
+
+
+# phase -> tokens, (steps, eval, save, log), (max loss after warm-up, min decrease)
+PHASE_CONFIGS: dict[TrainingPhase, PhaseConfig] = {
+    row.phase: row
+    for row in (
+        _row(TrainingPhase.SANITY_CHECK, 10**7, "Does it run and learn at all", (100, 50, 100, 1), (15.0, 0.1)),
+        _row(TrainingPhase.VALIDATION, 10**9, "Does the loss fall as it should", (5_000, 500, 1_000, 10), (8.0, 0.5)),
+        _row(TrainingPhase.MEDIUM, 10**11, "A model worth evaluating", (50_000, 1_000, 5_000, 10), (5.0, 1.0)),
+        _row(TrainingPhase.FULL, 5 * 10**11, "The model to publish", (100_000, 500, 10_000, 10), (4.0, 1.5)),
+    )
+}

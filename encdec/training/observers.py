@@ -1,0 +1,185 @@
+"""What is told about training as it goes: step records, log lines, a progress bar, trackers. Rank 0 only."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from encdec.records import JsonLinesWriter, StepRecord, event
+
+log = logging.getLogger("encdec.train")
+
+
+class Observer(Protocol):
+    """Told by the trainer after the fact; must not raise for a reason that is not worth the run."""
+
+    def on_step(self, record: StepRecord, moving_loss: float) -> None: ...
+    def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None: ...
+    def on_save(self, step: int, name: str, seconds: float) -> None: ...
+    def close(self) -> None: ...
+
+
+class Records:
+    """Every step and every save as one JSON line.
+
+    Args:
+        steps: file of step records.
+        events: this node's ledger.
+    """
+
+    def __init__(self, steps: Path, events: Path) -> None:
+        self._steps, self._events = JsonLinesWriter(steps), JsonLinesWriter(events)
+
+    def on_step(self, record: StepRecord, moving_loss: float) -> None:
+        self._steps.write(record.to_json())
+
+    def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._events.write(event("evaluated", step=step, **metrics))
+
+    def on_save(self, step: int, name: str, seconds: float) -> None:
+        self._events.write(event("saved", step=step, checkpoint=name, seconds=seconds))
+
+    def close(self) -> None:
+        self._steps.close()
+        self._events.close()
+
+
+class TextLog:
+    """A line every ``logging_steps``; a progress bar with ETA from the last 50 steps where a terminal looks on.
+
+    Args:
+        total_steps: steps at which the run is complete.
+        logging_steps: steps between lines.
+    """
+
+    def __init__(self, total_steps: int, logging_steps: int) -> None:
+        self._total, self._every = total_steps, logging_steps
+        self._seconds: deque[float] = deque(maxlen=50)
+        self._since_save = 0
+        self._first_memory: float | None = None
+        self._bar: Progress | None = None
+        if sys.stderr.isatty():
+            columns = (
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(),
+            )
+            self._bar = Progress(*columns, speed_estimate_period=120)
+            self._task = self._bar.add_task("", total=total_steps)
+            self._bar.start()
+
+    def on_step(self, record: StepRecord, moving_loss: float) -> None:
+        self._seconds.append(record.step_seconds)
+        self._since_save += 1
+        if self._bar:
+            text = f"loss {moving_loss:.4f}  {record.tokens_per_second:,.0f} tok/s"
+            self._bar.update(self._task, completed=record.step, description=text)
+        elif record.step % self._every == 0 or record.step == self._total:
+            log.info("%s", self._line(record, moving_loss))
+        self._watch_memory(record.memory_gb)
+
+    def _line(self, record: StepRecord, moving_loss: float) -> str:
+        left = (self._total - record.step) * sum(self._seconds) / len(self._seconds)
+        return (
+            f"step {record.step}/{self._total}  loss {record.loss:.4f} (50-step mean {moving_loss:.4f})  "
+            f"grad norm {record.grad_norm:.3f}  lr {record.learning_rate:.3e}  {record.tokens_per_second:,.0f} tokens/s  "
+            f"memory {record.memory_gb:.2f} GB  since checkpoint {self._since_save}  ETA {left:.0f} s"
+        )
+
+    def _watch_memory(self, memory_gb: float) -> None:
+        if self._first_memory is None:
+            self._first_memory = memory_gb
+        elif memory_gb > 1.5 * self._first_memory and self._first_memory > 0.1:
+            log.warning("memory grew from %.2f GB to %.2f GB", self._first_memory, memory_gb)
+            self._first_memory = memory_gb  # warn again only after as much growth again
+
+    def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        log.info("evaluation at step %d: %s", step, "  ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
+
+    def on_save(self, step: int, name: str, seconds: float) -> None:
+        self._since_save = 0
+        log.info("checkpoint %s committed in %.2f s", name, seconds)
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.stop()
+
+
+class TensorBoard:
+    """Scalars for TensorBoard, one file a start, steps as abscissa."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import: only where asked for
+
+        self._writer = SummaryWriter(str(folder))
+
+    def on_step(self, record: StepRecord, moving_loss: float) -> None:
+        for name, value in scalars(record, moving_loss).items():
+            self._writer.add_scalar(name, value, record.step)
+
+    def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(f"eval/{name}", value, step)
+
+    def on_save(self, step: int, name: str, seconds: float) -> None:
+        self._writer.add_scalar("checkpoint/seconds", seconds, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """One W&B run for all attempts of a run directory; offline where nobody is logged in."""
+
+    def __init__(self, folder: Path, *, run_id: str, project: str, entity: str | None, name: str, config: Any) -> None:
+        import wandb  # slow to import: only where asked for
+
+        mode = os.environ.get("WANDB_MODE")
+        if mode is None and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
+            mode = "offline"
+            log.warning("W&B: nobody is logged in, recording offline under %s (upload later with wandb sync)", folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._run = wandb.init(
+            dir=str(folder),
+            id=run_id,
+            resume="allow",
+            project=project,
+            entity=entity,
+            name=name,
+            config=config,
+            mode=mode,
+        )
+
+    def on_step(self, record: StepRecord, moving_loss: float) -> None:
+        self._run.log(scalars(record, moving_loss), step=record.step)
+
+    def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log({f"eval/{name}": value for name, value in metrics.items()}, step=step)
+
+    def on_save(self, step: int, name: str, seconds: float) -> None:
+        self._run.log({"checkpoint/seconds": seconds}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def scalars(record: StepRecord, moving_loss: float) -> dict[str, float]:
+    """A step record under the names that trackers show."""
+    return {
+        "train/loss": record.loss,
+        "train/loss_50_step_mean": moving_loss,
+        "train/learning_rate": record.learning_rate,
+        "train/grad_norm": record.grad_norm,
+        "train/tokens_seen": record.tokens_seen,
+        "throughput/tokens_per_second": record.tokens_per_second,
+        "memory/gb": record.memory_gb,
+    }

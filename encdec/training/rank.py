@@ -1,0 +1,90 @@
+"""One rank from its start to its end: text, process group, model, resume, training, verdict."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch.distributed as dist
+
+from encdec import distributed
+from encdec.errors import EncdecError
+from encdec.files import RunPaths, atomic_write_json
+from encdec.training import sharding
+from encdec.training.build import build_model, build_trainer, prepare_text
+from encdec.training.execution import TrainingPhase
+from encdec.training.finish import check_sanity, finish
+from encdec.training.run_config import RunConfig, read_run_config
+from encdec.training.signals import Requests
+
+log = logging.getLogger("encdec.train")
+
+
+def run_rank_of_attempt(run_dir: str, attempt: int) -> dict[str, Any]:
+    """Train as one rank of an attempt that the launcher has claimed; the facts of its outcome.
+
+    An error that is meant for a user is written to the attempt's error.json and ends the process with its exit code.
+    """
+    paths = RunPaths(Path(run_dir))
+    requests = Requests(paths).listen()
+    start_log()
+    try:
+        run = read_run_config(paths)
+        return run_rank(run, paths, requests, attempt=attempt, expected_world_size=run.world_size)
+    except EncdecError as error:
+        refuse(paths, attempt, error)
+
+
+def run_rank(
+    run: RunConfig,
+    paths: RunPaths,
+    requests: Requests,
+    *,
+    attempt: int | None = None,
+    expected_world_size: int | None = None,
+    resume_from: Path | None = None,
+) -> dict[str, Any]:
+    """Build, resume, train, judge; the facts of the outcome.
+
+    Args:
+        attempt: number claimed by the launcher; None: rank 0 claims the next one for all.
+        expected_world_size: ranks asked for; None: ``infra.num_gpus`` on each node that takes part.
+        resume_from: a checkpoint folder; None: the newest valid one of the run directory, if there is one.
+    """
+    sharding.use_even_threads()
+    tokenizer, packed = prepare_text(run)
+    device = sharding.start_process_group(run.config.infra, expected_world_size)
+    if attempt is None:
+        attempt = distributed.on_rank_zero(paths.claim_attempt)
+    model = build_model(run.config, tokenizer)
+    if run.phase and run.phase.phase == TrainingPhase.SANITY_CHECK and not paths.sanity_report.exists():
+        check_sanity(model, tokenizer, paths)
+    trainer = build_trainer(
+        run, paths, attempt=attempt, restart=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
+        tokenizer=tokenizer, packed=packed, model=model, device=device, requests=requests,
+    )  # fmt: skip
+    try:
+        trainer.start_from(resume_from)
+        return finish(run, paths, trainer.train(), trainer)
+    finally:
+        for observer in trainer.observers:
+            observer.close()
+        dist.destroy_process_group()
+
+
+def refuse(paths: RunPaths, attempt: int, error: EncdecError) -> NoReturn:
+    """Leave the error where the agent finds it, and end this rank at once: the others may wait in a collective."""
+    log.error("%s", error)
+    atomic_write_json(paths.attempt(attempt).error, {"message": str(error), "exit_code": int(error.exit_code)})
+    sys.stderr.flush()
+    os._exit(error.exit_code)
+
+
+def start_log() -> None:
+    """Rank 0 tells the story; the others speak up for warnings."""
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr, force=True)
+    logging.captureWarnings(True)

@@ -1,0 +1,264 @@
+"""The resolved run: what one phase of one configuration comes to on a given number of ranks.
+
+Precedence of a phase's numbers: defaults < phase table < the YAML file's ``phases:`` section < ``--set``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from encdec.denoisers import raw_sample_length
+from encdec.errors import ConfigError, RunDirectoryError
+from encdec.files import RunPaths, atomic_write_text
+from encdec.training.config import FullConfig, apply_settings, read_yaml
+from encdec.training.execution import PHASE_CONFIGS, PhaseConfig, TrainingPhase
+
+PLACE_KEYS = ("name", "nodes", "ranks_per_node", "config.infra.num_gpus")
+"""Dotted paths that say where a run runs and what it is called, not what it computes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The resolved run: everything a job needs to know, frozen. Written as ``run.yaml``."""
+
+    name: str
+    phase: PhaseConfig | None
+    """The phase's row with all overrides laid over it; None: training as the ``training:`` section says, ungated."""
+    config: FullConfig
+    nodes: int
+    ranks_per_node: int
+    sample_length: int
+    """Raw tokens per sample."""
+    global_batch_size: int
+    """Samples per optimizer step, all ranks."""
+    num_train_steps: int
+    """Optimizer steps this run will do: the smaller of what steps and tokens allow."""
+    bound_by: str
+    """Which of the two ends the run: steps | tokens."""
+    warmup_steps: int
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.ranks_per_node
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Raw tokens per optimizer step."""
+        return self.global_batch_size * self.sample_length
+
+    @property
+    def identity(self) -> str:
+        """Hex digest of all that decides what is computed; not of where it runs, nor of the name."""
+        facts = {path: value for path, value in flatten(self.to_mapping()).items() if path not in PLACE_KEYS}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def micro_batches(self, world_size: int) -> tuple[int, int]:
+        """(micro-batch size, accumulation steps) of one rank at ``world_size``; their product keeps the global batch.
+
+        Raises:
+            ConfigError: the global batch cannot be cut evenly.
+        """
+        return divide_global_batch(self.global_batch_size, self.config.training.per_device_train_batch_size, world_size)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain nested values."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return values | {
+            "phase": {**asdict(self.phase), "phase": str(self.phase.phase)} if self.phase else None,
+            "config": self.config.model_dump(),
+        }
+
+    def write(self, path: Path) -> None:
+        """Write ``run.yaml``."""
+        atomic_write_text(path, yaml.safe_dump(self.to_mapping(), sort_keys=False))
+
+
+def divide_global_batch(global_batch_size: int, largest_micro_batch: int, world_size: int) -> tuple[int, int]:
+    """Largest micro-batch up to ``largest_micro_batch`` that divides a rank's share, and the accumulation it needs.
+
+    Raises:
+        ConfigError: ``global_batch_size`` is no multiple of ``world_size``.
+    """
+    share, rest = divmod(global_batch_size, world_size)
+    if rest or not share:
+        raise ConfigError(
+            "The global batch must be a multiple of the number of ranks",
+            found=f"training.global_batch_size={global_batch_size} on {world_size} ranks",
+            remedy=f"Use {max(1, share) * world_size} samples, or a number of ranks that divides {global_batch_size}",
+        )
+    micro = next(size for size in range(min(largest_micro_batch, share), 0, -1) if share % size == 0)
+    return micro, share // micro
+
+
+def read_run_config(paths: RunPaths) -> RunConfig:
+    """Read ``run.yaml`` back.
+
+    Raises:
+        RunDirectoryError: there is none.
+    """
+    if not paths.run_yaml.is_file():
+        raise RunDirectoryError(
+            "A run directory holds run.yaml",
+            found=f"none in {paths.root}",
+            remedy="Make one with python -m launchers.submit --phase sanity_check --config configs/tiny.yaml",
+        )
+    values = read_yaml(paths.run_yaml)
+    row = values.pop("phase")
+    phase = PhaseConfig(**{**row, "phase": TrainingPhase(row["phase"])}) if row else None
+    config = FullConfig.from_mapping(values.pop("config"), source=str(paths.run_yaml))
+    return RunConfig(phase=phase, config=config, **values)
+
+
+def require_same_run(paths: RunPaths, run: RunConfig) -> None:
+    """Refuse an existing directory that was made for another configuration.
+
+    Raises:
+        RunDirectoryError: naming the first values that differ, or that it is no run directory.
+    """
+    if not paths.run_yaml.is_file():
+        raise RunDirectoryError(
+            "A run directory holds run.yaml or does not exist yet",
+            found=f"{paths.root}, which exists without one",
+            remedy="Choose another directory or name",
+        )
+    existing = read_run_config(paths)
+    if existing.identity == run.identity:
+        return
+    there, now = flatten(existing.to_mapping()), flatten(run.to_mapping())
+    differences = [
+        f"{path}: {there.get(path)} there, {now.get(path)} now"
+        for path in {**there, **now}
+        if path not in PLACE_KEYS and there.get(path) != now.get(path)
+    ]
+    raise RunDirectoryError(
+        f"{paths.root} was made for another configuration and keeps it",
+        found="; ".join(differences[:3]),
+        remedy="Give the same values as then, or another directory or name",
+    )
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, keyed by dotted path."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def resolve_run(
+    phase: TrainingPhase | None,
+    *,
+    config_file: str | Path,
+    settings: Iterable[str] = (),
+    nodes: int = 1,
+    ranks_per_node: int | None = None,
+    name: str | None = None,
+) -> RunConfig:
+    """File, table and settings -> the resolved run.
+
+    Raises:
+        ConfigError: any rule broken; nothing has been written.
+    """
+    settings = list(settings)
+    from_file = read_yaml(config_file)
+    source = str(config_file)
+    FullConfig.from_mapping(from_file, source=source)  # refuse the file's own mistakes under the file's name
+    config = FullConfig.from_mapping(
+        apply_settings(from_file, settings), source=f"{source} with --set" if settings else source
+    )
+    row = _phase_row(phase, config) if phase else None
+    if row:
+        config = _lay_phase_under_settings(config, row, settings)
+    refuse_what_is_not_built(config)
+    ranks = ranks_per_node or config.infra.num_gpus
+    config.infra.num_gpus = ranks
+    config.data.packed_dir = str(Path(config.data.packed_dir).absolute())
+    return _with_arithmetic(config, row, nodes, ranks, name)
+
+
+def _phase_row(phase: TrainingPhase, config: FullConfig) -> PhaseConfig:
+    overrides = config.phases.get(phase.value)
+    given = {key: value for key, value in overrides.model_dump().items() if value is not None} if overrides else {}
+    return replace(PHASE_CONFIGS[phase], **given)
+
+
+def _lay_phase_under_settings(config: FullConfig, row: PhaseConfig, settings: list[str]) -> FullConfig:
+    """The table's numbers replace those of ``training:``, except where --set named a key itself."""
+    named = {setting.partition("=")[0].strip() for setting in settings}
+    config = config.model_copy(deep=True)
+    for key in ("num_train_steps", "eval_steps", "save_steps", "logging_steps"):
+        value = getattr(row, key)
+        if value is not None and f"training.{key}" not in named:
+            setattr(config.training, key, value)
+    if "training.total_tokens" not in named:
+        config.training.total_tokens = row.num_tokens
+    return config
+
+
+def _with_arithmetic(
+    config: FullConfig, row: PhaseConfig | None, nodes: int, ranks: int, name: str | None
+) -> RunConfig:
+    training, data = config.training, config.data
+    world_size = nodes * ranks
+    length = raw_sample_length(
+        data.max_encoder_length, data.max_decoder_length, data.max_seq_length,
+        config.model.num_sentinel_tokens, data.ul2_task_weights,
+    )  # fmt: skip
+    global_batch = training.global_batch_size or (
+        training.per_device_train_batch_size * training.gradient_accumulation_steps * world_size
+    )
+    divide_global_batch(global_batch, training.per_device_train_batch_size, world_size)
+    by_tokens = (training.total_tokens or 0) // (global_batch * length)
+    if training.total_tokens and not by_tokens:
+        raise ConfigError(
+            "A phase must hold the tokens of at least one optimizer step",
+            found=f"{training.total_tokens} tokens, {global_batch * length} per step",
+            remedy="Raise the phase's num_tokens, or lower the global batch or the lengths",
+        )
+    steps = min(training.num_train_steps, by_tokens or training.num_train_steps)
+    row = row and replace(
+        row, num_tokens=training.total_tokens or steps * global_batch * length, num_train_steps=training.num_train_steps,
+        eval_steps=training.eval_steps, save_steps=training.save_steps, logging_steps=training.logging_steps,
+    )  # fmt: skip
+    run = RunConfig(
+        name="",
+        phase=row,
+        config=config,
+        nodes=nodes,
+        ranks_per_node=ranks,
+        sample_length=length,
+        global_batch_size=global_batch,
+        num_train_steps=steps,
+        bound_by="tokens" if steps < training.num_train_steps else "steps",
+        warmup_steps=min(training.warmup_steps, steps // 10),  # else a short phase never leaves warm-up
+    )
+    return replace(run, name=name or f"{row.phase if row else 'train'}-{run.identity[:8]}")
+
+
+def refuse_what_is_not_built(config: FullConfig) -> None:
+    """Refuse, by name, options that are part of the tree but that this version cannot honour.
+
+    Raises:
+        ConfigError: such an option is set.
+    """
+    unbuilt: Mapping[str, tuple[bool, object, str]] = {
+        "training.fp16": (config.training.fp16, True, "Use training.bf16=true"),
+        "training.optimizer": (config.training.optimizer == "muon", "muon", "Use adamw"),
+        "infra.distributed_type": (
+            config.infra.distributed_type != "fsdp", config.infra.distributed_type, "Use fsdp",
+        ),
+        "infra.deepspeed_config": (bool(config.infra.deepspeed_config), config.infra.deepspeed_config, "Leave it out"),
+        "data.tokenize_on_fly": (config.data.tokenize_on_fly, True, "Use false: text is packed once, then read"),
+        "data.sources": (bool(config.data.sources), config.data.sources, "Give one data.dataset_name"),
+        "data.mix_ratios": (bool(config.data.mix_ratios), config.data.mix_ratios, "Give one data.dataset_name"),
+    }  # fmt: skip
+    for path, (is_set, value, remedy) in unbuilt.items():
+        if is_set:
+            raise ConfigError(f"{path} must be one that this version can honour", found=value, remedy=remedy)

@@ -1,0 +1,417 @@
+"""The training loop: one reduction a step, in which loss, gradient norm and the decision to stop travel together.
+
+Shapes: B micro-batch, S_e encoder tokens, S_d decoder tokens, W ranks, A accumulation steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+
+from encdec import distributed
+from encdec.checkpoints import CheckpointManager
+from encdec.errors import TrainingDiverged
+from encdec.records import StepRecord
+from encdec.training.config import FullConfig
+from encdec.training.early_stopping import EarlyStopping
+from encdec.training.observers import Observer
+from encdec.training.schedule import Schedule
+from encdec.training.signals import Requests
+
+log = logging.getLogger("encdec.train")
+MOVING_WINDOW = 50
+"""Steps in the moving mean of the loss."""
+
+
+@dataclass
+class TrainingState:
+    """Where training stands. Everything else about the past is in the tensors."""
+
+    global_step: int = 0
+    epoch: int = 0
+    best_eval_loss: float = math.inf
+    total_tokens_seen: int = 0
+    samples_consumed: int = 0
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How ``train`` ended."""
+
+    cause: str
+    """complete | signalled | stop_requested"""
+    step: int
+    checkpoint: str | None
+    first_loss: float
+    """Mean over the first steps, nats."""
+    last_loss: float
+    """Mean over the last steps, nats."""
+    message: str
+
+
+class LossHistory:
+    """The first and the newest losses: what the moving mean and the phase's verdict need."""
+
+    def __init__(self, total_steps: int) -> None:
+        self.window = min(MOVING_WINDOW, max(1, total_steps // 10))
+        self.first: list[float] = []
+        self.recent: list[float] = []
+
+    def add(self, loss: float) -> None:
+        if len(self.first) < self.window:
+            self.first.append(loss)
+        self.recent = [*self.recent[-(MOVING_WINDOW - 1) :], loss]
+
+    @property
+    def first_mean(self) -> float:
+        return sum(self.first) / len(self.first) if self.first else math.nan
+
+    def last_mean(self, window: int | None = None) -> float:
+        last = self.recent[-(window or self.window) :]
+        return sum(last) / len(last) if last else math.nan
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"first": self.first, "recent": self.recent}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.first, self.recent = list(state["first"]), list(state["recent"])
+
+
+class Qwen3EncoderDecoderTrainer:
+    """Trains a model whose parameters may be sharded by FSDP2 (or plain, in one process).
+
+    Args:
+        model: returns an object with ``.loss`` for (input_ids [B, S_e], attention_mask [B, S_e], labels [B, S_d],
+            num_items_in_batch), the loss being the sum over target tokens divided by ``num_items_in_batch``.
+        tokenizer: kept for those who export; not used in the loop.
+        config: the whole tree; its intervals and limits are obeyed as they stand.
+        train_dataloader: endless, with a batch sampler that has ``set_position`` (``encdec.data.sampler``).
+        eval_dataloader: batches of one evaluation, the same number on every rank; None: no evaluation.
+        checkpoints: where to save; a manager of ``infra.output_dir`` unless given.
+        sample_length: raw tokens per sample.
+        global_batch_size: samples per optimizer step over all ranks.
+        total_steps: step at which training is complete.
+        warmup_steps: steps of linear warm-up.
+        requests: signals and control files.
+        observers: told every step on rank 0 (records, progress, trackers).
+        attempt, restart: stamped on each step record.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        config: FullConfig,
+        train_dataloader: DataLoader[Any],
+        eval_dataloader: Iterable[dict[str, Tensor]] | None = None,
+        *,
+        checkpoints: CheckpointManager | None = None,
+        sample_length: int | None = None,
+        global_batch_size: int | None = None,
+        total_steps: int | None = None,
+        warmup_steps: int | None = None,
+        requests: Requests | None = None,
+        observers: Iterable[Observer] = (),
+        attempt: int = 0,
+        restart: int = 0,
+    ) -> None:
+        training = config.training
+        self.model, self.tokenizer, self.config = model, tokenizer, config
+        self.train_dataloader, self.eval_dataloader = train_dataloader, eval_dataloader
+        self.total_steps = total_steps or training.num_train_steps
+        sampler = train_dataloader.batch_sampler
+        self.accumulation_steps: int = getattr(sampler, "accumulation_steps", training.gradient_accumulation_steps)
+        self.global_batch_size: int = (
+            global_batch_size
+            or getattr(sampler, "global_batch_size", 0)
+            or (training.per_device_train_batch_size * self.accumulation_steps * distributed.world_size())
+        )
+        self.sample_length = sample_length or config.data.max_seq_length
+        self.optimizer = make_optimizer(model, config)
+        warmup = min(training.warmup_steps, self.total_steps // 10) if warmup_steps is None else warmup_steps
+        self.schedule = Schedule.from_config(training, warmup_steps=warmup, total_steps=self.total_steps)
+        self.early_stopping = EarlyStopping(training)
+        self.checkpoints = checkpoints or CheckpointManager(config.infra.output_dir, training.save_total_limit)
+        self.requests = requests or Requests(None)
+        self.observers = list(observers)
+        self.attempt, self.restart = attempt, restart
+        self.state = TrainingState()
+        self.losses = LossHistory(self.total_steps)
+        # a constant near a micro-batch's token count: dividing by it keeps gradients ordinary in any precision
+        self._unit = float(training.per_device_train_batch_size * config.data.max_decoder_length)
+        self._device = next(model.parameters()).device
+        self._process = psutil.Process()
+        self._metrics: dict[str, float] = {}
+        self._last_saved: str | None = None
+        self._batches: Iterator[dict[str, Tensor]] | None = None
+
+    # ---- the loop
+
+    def train(self) -> TrainResult:
+        """Run from the present state to the end, or to the step boundary at which a stop is asked for.
+
+        Raises:
+            TrainingDiverged: the loss is not a finite number.
+        """
+        self.model.train()
+        cause = message = ""
+        while self.state.global_step < self.total_steps and not cause:
+            record, stop, save = self._step()
+            cause, message = self._decide(record, stop)
+            self._close_step(record, save=save, ending=bool(cause))
+        if not cause:
+            cause, message = "complete", f"all {self.total_steps} steps done"
+        if self._last_saved != f"step-{self.state.global_step}" and self.state.global_step:
+            self.save()
+        return TrainResult(
+            cause, self.state.global_step, self._last_saved, self.losses.first_mean, self.losses.last_mean(), message
+        )
+
+    def _step(self) -> tuple[StepRecord, bool, bool]:
+        """One optimizer step: (record, stop asked for, save asked for), the same on every rank."""
+        began = time.perf_counter()
+        torch.manual_seed(self._step_seed())
+        loss_sum, tokens, waited = self._forward_backward()
+        stop, save = self.requests.look()
+        loss_sum, tokens, squares, stops, saves = self._reduce(loss_sum, tokens, float(stop), float(save))
+        loss = loss_sum / max(tokens, 1.0)
+        if not math.isfinite(loss) or not math.isfinite(squares):
+            raise TrainingDiverged(
+                f"The loss and the gradients must be finite numbers at step {self.state.global_step + 1}",
+                found=f"loss {loss}, squared gradient norm {squares}",
+                remedy="Lower training.learning_rate, or resume from an earlier checkpoint",
+            )
+        # FSDP averaged over W ranks what each divided by ``unit``: this factor makes it the mean over target tokens
+        averaged_over = distributed.world_size() if isinstance(self.model, FSDPModule) else 1
+        scale = averaged_over * self._unit / max(tokens, 1.0)
+        grad_norm = scale * math.sqrt(squares)
+        rate = self._update(scale, grad_norm)
+        self._advance(loss)
+        seconds = time.perf_counter() - began
+        step_tokens = self.global_batch_size * self.sample_length
+        record = StepRecord(
+            step=self.state.global_step, loss=loss, grad_norm=grad_norm, learning_rate=rate,
+            tokens_seen=self.state.total_tokens_seen, tokens_per_second=step_tokens / seconds, step_seconds=seconds,
+            data_seconds=waited, samples_consumed=self.state.samples_consumed, memory_gb=self._memory_gb(),
+            attempt=self.attempt, restart=self.restart,
+        )  # fmt: skip
+        return record, stops > 0, saves > 0
+
+    def _forward_backward(self) -> tuple[Tensor, int, float]:
+        """(summed loss [], target tokens, seconds waited for data) of this rank's A micro-batches."""
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)
+        tokens, waited = 0, 0.0
+        for index in range(self.accumulation_steps):
+            asked = time.perf_counter()
+            batch = self._next_batch()
+            waited += time.perf_counter() - asked
+            tokens += int((batch["labels"] != -100).sum())  # on the host: no device synchronisation
+            if isinstance(self.model, FSDPModule):
+                self.model.set_requires_gradient_sync(index == self.accumulation_steps - 1)
+            loss = self._loss(batch, self._unit)
+            loss.backward()
+            loss_sum += loss.detach().double() * self._unit
+        return loss_sum, tokens, waited
+
+    def _loss(self, batch: dict[str, Tensor], unit: float) -> Tensor:
+        inputs = {
+            key: batch[key].to(self._device, non_blocking=True) for key in ("input_ids", "attention_mask", "labels")
+        }
+        return self.model(**inputs, use_cache=False, num_items_in_batch=unit).loss
+
+    def _next_batch(self) -> dict[str, Tensor]:
+        if self._batches is None:
+            self._batches = iter(self.train_dataloader)
+        return next(self._batches)
+
+    def _reduce(self, loss_sum: Tensor, tokens: int, stop: float, save: float) -> list[float]:
+        """The step's one collective: sums of loss, tokens, squared gradients and the two requests over all ranks."""
+        norms = torch._foreach_norm(self._local_gradients())
+        squares = torch.stack(norms).double().square().sum()
+        counts = torch.tensor([tokens, stop, save], dtype=torch.float64, device=self._device)
+        values = torch.stack([loss_sum, counts[0], squares.to(self._device), counts[1], counts[2]])
+        if distributed.is_distributed():
+            dist.all_reduce(values)
+        return values.tolist()
+
+    def _update(self, scale: float, grad_norm: float) -> float:
+        """Scale to the token mean, clip, step; returns the learning rate used."""
+        clip = min(1.0, self.config.training.max_grad_norm / (grad_norm + 1e-6))
+        torch._foreach_mul_(self._local_gradients(), scale * clip)
+        rate = self.schedule.apply(self.optimizer)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return rate
+
+    def _local_gradients(self) -> list[Tensor]:
+        gradients = (parameter.grad for parameter in self.model.parameters() if parameter.grad is not None)
+        return [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+
+    def _advance(self, loss: float) -> None:
+        state = self.state
+        state.global_step += 1
+        state.samples_consumed += self.global_batch_size
+        state.total_tokens_seen += self.global_batch_size * self.sample_length
+        state.epoch = self.train_dataloader.batch_sampler.epoch_at(state.samples_consumed)  # type: ignore[union-attr]
+        self.losses.add(loss)
+
+    def _decide(self, record: StepRecord, stop: bool) -> tuple[str, str]:
+        """(cause, message) if training ends at this boundary, else empty strings."""
+        if stop:
+            name = self.requests.signal_name
+            return (
+                ("signalled", f"stopped by {name}")
+                if name
+                else ("stop_requested", "stopped on request of another rank")
+            )
+        reason = self.early_stopping.after_step(record.step, record.grad_norm)
+        if not reason and record.step % self.config.training.eval_steps == 0:
+            reason = self.early_stopping.at_check(record.step, self.losses.last_mean(MOVING_WINDOW))
+        return ("complete", f"stopped early: {reason}") if reason else ("", "")
+
+    def _close_step(self, record: StepRecord, *, save: bool, ending: bool) -> None:
+        training = self.config.training
+        last = record.step == self.total_steps
+        save = save or last or record.step % training.save_steps == 0
+        for observer in self.observers:
+            observer.on_step(record, self.losses.last_mean(MOVING_WINDOW))
+        if self.eval_dataloader is not None and not ending and (save or record.step % training.eval_steps == 0):
+            self._evaluate_and_tell(record.step)
+        if save or ending:
+            self.save()
+
+    # ---- evaluation and checkpoints
+
+    def evaluate(self) -> dict[str, float]:
+        """Mean loss per target token over the evaluation batches of all ranks, nats, and its perplexity."""
+        assert self.eval_dataloader is not None, "a trainer without eval_dataloader cannot evaluate"
+        totals = torch.zeros(2, dtype=torch.float64, device=self._device)
+        self.model.eval()
+        with torch.no_grad():
+            for batch in self.eval_dataloader:
+                tokens = int((batch["labels"] != -100).sum())
+                totals[0] += self._loss(batch, 1.0).double()  # a filler batch has no targets and adds 0
+                totals[1] += tokens
+        self.model.train()
+        if distributed.is_distributed():
+            dist.all_reduce(totals)
+        loss = (totals[0] / totals[1].clamp(min=1)).item()
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+
+    def _evaluate_and_tell(self, step: int) -> None:
+        metrics = self.evaluate()
+        self._metrics = {**metrics, "step": float(step)}
+        self.state.best_eval_loss = min(self.state.best_eval_loss, metrics["loss"])
+        for observer in self.observers:
+            observer.on_evaluation(step, metrics)
+
+    def save(self) -> str:
+        """Commit a checkpoint of the present step; returns its id."""
+        began = time.perf_counter()
+        measured = self._metrics.get("step") == self.state.global_step
+        metrics = {key: value for key, value in self._metrics.items() if key != "step"} if measured else {}
+        name = self.checkpoints.save(
+            self.model, self.optimizer, self.schedule, self.state.global_step, metrics, extra_state=self._extra_state()
+        )
+        self._last_saved = name
+        for observer in self.observers:
+            observer.on_save(self.state.global_step, name, time.perf_counter() - began)
+        return name
+
+    def load_checkpoint(self, path: Path) -> None:
+        """Continue from a verified checkpoint folder, at any world size.
+
+        Raises:
+            CheckpointError: it does not verify or is of another model.
+        """
+        self._restore(self.checkpoints.load(path, self.model, self.optimizer, self.schedule), path.name)
+
+    def resume(self) -> int | None:
+        """Continue from the newest valid checkpoint, if there is one; returns its step."""
+        loaded = self.checkpoints.load_latest(self.model, self.optimizer, self.schedule)
+        if loaded is None:
+            return None
+        step, _, state = loaded
+        self._restore(state, f"step-{step}")
+        return step
+
+    def start_from(self, resume_from: Path | None) -> None:
+        """Continue from ``resume_from``, or else from the newest valid checkpoint; tell what was found."""
+        if resume_from is not None:
+            self.load_checkpoint(resume_from.absolute())
+            log.info("continuing from %s at step %d", resume_from, self.state.global_step)
+            return
+        distributed.on_rank_zero(self.checkpoints.discard_unfinished)
+        step = self.resume()
+        for reason in self.checkpoints.rejected:
+            log.warning("passed over and moved to quarantine: %s", reason)
+        log.info("starting from the initial weights" if step is None else f"continuing from step {step}")
+
+    def _restore(self, state: dict[str, Any], name: str) -> None:
+        self.state = TrainingState(
+            global_step=state["step"],
+            epoch=state["epoch"],
+            best_eval_loss=math.inf if state["best_eval_loss"] is None else state["best_eval_loss"],
+            total_tokens_seen=state["tokens_seen"],
+            samples_consumed=state["samples_consumed"],
+        )
+        self.losses.load_state_dict(state["losses"])
+        self.early_stopping.load_state_dict(state["early_stopping"])
+        self.train_dataloader.batch_sampler.set_position(self.state.samples_consumed)  # type: ignore[union-attr]
+        self._batches = None
+        self._last_saved = name
+
+    def _extra_state(self) -> dict[str, Any]:
+        best = self.state.best_eval_loss
+        return {
+            "samples_consumed": self.state.samples_consumed,
+            "tokens_seen": self.state.total_tokens_seen,
+            "epoch": self.state.epoch,
+            "seed": self.config.training.seed,
+            "best_eval_loss": best if math.isfinite(best) else None,
+            "losses": self.losses.state_dict(),
+            "early_stopping": self.early_stopping.state_dict(),
+        }
+
+    # ---- small facts
+
+    def _step_seed(self) -> int:
+        """Generators of this step and rank: nothing random needs saving."""
+        return hash((self.config.training.seed, self.state.global_step, distributed.rank())) & (2**63 - 1)
+
+    def _memory_gb(self) -> float:
+        if self._device.type == "cuda":
+            return torch.cuda.memory_allocated(self._device) / 1e9
+        return self._process.memory_info().rss / 1e9
+
+
+def make_optimizer(model: nn.Module, config: FullConfig) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only (none on biases and norms)."""
+    training = config.training
+    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": training.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    fused = next(model.parameters()).device.type == "cuda"
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=training.learning_rate,
+        betas=(training.adam_beta1, training.adam_beta2),
+        eps=training.adam_epsilon,
+        fused=fused or None,
+    )

@@ -1,0 +1,1 @@
+"""The cluster side: plan, package, submit, supervise. Imports no torch outside the job itself."""

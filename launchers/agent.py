@@ -1,0 +1,139 @@
+"""One agent per node: rendezvous, rank processes, signals, heartbeats. Torch elastic, used as a library.
+
+The forkserver loads torch and transformers once, while this process is still importing torch elastic; ranks and
+restarted ranks are forks of it.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from encdec.files import AttemptPaths
+from encdec.records import JsonLinesWriter, event, read_json_lines
+from launchers.outcomes import AttemptFacts
+from launchers.rank import run_rank
+
+if TYPE_CHECKING:
+    from launchers.elastic import Supervisor
+
+RankFunction = Callable[[str, int], dict[str, Any]]
+PRELOAD = ["launchers.preload", "encdec.train"]
+FORWARDED = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+SECONDS_BETWEEN_FORWARDS = 1.0
+SECONDS_BETWEEN_HEARTBEATS = 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeJob:
+    """What one node is to run."""
+
+    run_dir: str
+    attempt: int
+    nodes: int
+    node_rank: int
+    ranks: int
+    endpoint: str
+    """host:port of the rendezvous; port 0 on one node: any free one."""
+    rendezvous_id: str
+    max_restarts: int
+    """Restarts in place without a new step between them."""
+
+
+class NodeAgent:
+    """Runs the ranks of one node to their end, starting them again in place when one dies.
+
+    Args:
+        job: what to run.
+        paths: the attempt's folder.
+    """
+
+    def __init__(self, job: NodeJob, paths: AttemptPaths) -> None:
+        self.job, self.paths = job, paths
+        self.failures: list[str] = []
+        self.stop_signal: str | None = None
+        self._events = JsonLinesWriter(paths.events(f"node-{job.node_rank}"))
+        self._supervisor: Supervisor | None = None
+        self._next_forward = self._next_heartbeat = 0.0
+
+    def run(self) -> AttemptFacts:
+        """Start the ranks and supervise them; returns what is known when they have ended."""
+        prepare_environment(self.job)
+        start_forkserver()
+        for number in FORWARDED:
+            signal.signal(number, self._on_signal)
+        from launchers.elastic import supervise  # imports torch while the forkserver imports the rest
+
+        self._events.write(event("agent_ready", node=self.job.node_rank))
+        try:
+            returned = supervise(self, run_rank)
+        finally:
+            self._events.close()
+        refusal = json.loads(self.paths.error.read_text()) if self.paths.error.is_file() else None
+        restarts = self._supervisor.restarts if self._supervisor else 0
+        return AttemptFacts(
+            returned=returned, refusal=refusal, failures=self.failures, restarts=restarts, last_step=self.last_step()
+        )
+
+    def adopt(self, supervisor: Supervisor) -> None:
+        self._supervisor = supervisor
+
+    # ---- what the supervisor asks and tells
+
+    def may_restart(self) -> bool:
+        """Not after a stop was asked for, nor after a rank refused to run."""
+        return self.stop_signal is None and not self.paths.error.exists()
+
+    def last_step(self) -> int:
+        """Highest step any rank 0 of this attempt has recorded."""
+        return max((int(record["step"]) for record in read_json_lines(self.paths.steps)), default=0)
+
+    def rank_failed(self, line: str) -> None:
+        self.failures.append(line)
+        self._events.write(event("rank_failed", detail=line))
+
+    def restarting(self, count: int) -> None:
+        self._events.write(event("restarting", restart=count))
+
+    def tick(self) -> None:
+        """Called at every look at the ranks (some 20 times a second)."""
+        now = time.monotonic()
+        if now >= self._next_heartbeat:
+            self._next_heartbeat = now + SECONDS_BETWEEN_HEARTBEATS
+            self.paths.heartbeat(self.job.node_rank).touch()
+        if self.stop_signal and now >= self._next_forward:
+            self._next_forward = now + SECONDS_BETWEEN_FORWARDS  # again and again: a rank may not have listened yet
+            self._forward()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.stop_signal = signal.Signals(number).name
+
+    def _forward(self) -> None:
+        for pid in self._supervisor.pids() if self._supervisor else ():
+            try:
+                os.kill(pid, signal.SIGUSR2)
+            except ProcessLookupError:
+                continue
+
+
+def prepare_environment(job: NodeJob) -> None:
+    """Settings that torch reads from the environment, for this process and the ranks."""
+    # the store that elastic would share keeps stale keys across restarts: gloo then connects to dead ranks and hangs
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # the others are ours
+    if job.nodes == 1:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+
+def start_forkserver() -> None:
+    """Start the process that ranks are forked from; it imports in parallel with this one."""
+    multiprocessing.set_forkserver_preload(PRELOAD)
+    multiprocessing.forkserver.ensure_running()

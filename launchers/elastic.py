@@ -1,0 +1,116 @@
+"""Torch elastic with two habits changed: dead groups are killed at once, and restarts are counted by progress."""
+
+from __future__ import annotations
+
+import signal
+from typing import TYPE_CHECKING, Any
+
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
+from torch.distributed.elastic.rendezvous import RendezvousParameters
+from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from launchers.agent import NodeAgent, RankFunction
+
+SECONDS_BETWEEN_LOOKS = 0.05
+UNLIMITED = 2**31 - 1
+
+
+class RankLogs(LogsSpecs):
+    """``logs/node-<k>/rank-<r>.restart-<n>.{out,err}``: no folders of random names."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(str(folder))
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def root_log_dir(self) -> str:
+        return str(self._folder)
+
+    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        """Files of one start of the ranks, by local rank."""
+        out, err, errors = {}, {}, {}
+        for local_rank, env in envs.items():
+            stem = f"rank-{env['RANK']}.restart-{env['TORCHELASTIC_RESTART_COUNT']}"
+            out[local_rank] = str(self._folder / f"{stem}.out")
+            err[local_rank] = str(self._folder / f"{stem}.err")
+            errors[local_rank] = env["TORCHELASTIC_ERROR_FILE"] = str(self._folder / f"{stem}.exception.json")
+        return LogsDest(stdouts=out, stderrs=err, error_files=errors)
+
+
+class Supervisor(LocalElasticAgent):
+    """LocalElasticAgent that kills survivors at once (they hang in a collective that can never end) and gives up only
+    after ``max_restarts`` restarts without a new step, or when its node agent says so.
+    """
+
+    def __init__(self, agent: NodeAgent, spec: WorkerSpec, logs: LogsSpecs) -> None:
+        super().__init__(spec, logs, start_method="forkserver", shutdown_timeout=10)
+        self._agent = agent
+        self._best_step = 0
+        self._fruitless = 0
+        self.restarts = 0
+        agent.adopt(self)
+
+    def pids(self) -> list[int]:
+        """Process ids of the ranks that run now."""
+        return list(self._pcontext.pids().values()) if self._pcontext else []
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        self._agent.tick()
+        result = super()._monitor_workers(worker_group)
+        if result.state in (WorkerState.FAILED, WorkerState.UNHEALTHY):
+            self._on_failure(result)
+        return result
+
+    def _on_failure(self, result: RunResult) -> None:
+        for rank, failure in sorted(result.failures.items()):
+            name = f" by {signal.Signals(-failure.exitcode).name}" if failure.exitcode < 0 else ""
+            self._agent.rank_failed(
+                f"rank {rank} ended with exit code {failure.exitcode}{name}, see {failure.error_file}"
+            )
+        step = self._agent.last_step()
+        self._fruitless = 0 if step > self._best_step else self._fruitless + 1
+        self._best_step = max(step, self._best_step)
+        if not self._agent.may_restart() or self._fruitless > self._agent.job.max_restarts:
+            self._remaining_restarts = 0
+
+    def _restart_workers(self, worker_group: WorkerGroup) -> None:
+        self.restarts += 1
+        self._agent.restarting(self.restarts)
+        super()._restart_workers(worker_group)
+
+    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+        self._shutdown(death_sig=signal.SIGKILL)
+
+
+def supervise(agent: NodeAgent, entry: RankFunction) -> dict[str, Any] | None:
+    """Run the ranks of this node; what global rank 0 returned, if it ran here and all ranks returned."""
+    job = agent.job
+    rendezvous = RendezvousParameters(
+        backend="c10d",
+        endpoint=job.endpoint,
+        run_id=job.rendezvous_id,
+        min_nodes=job.nodes,
+        max_nodes=job.nodes,
+    )
+    spec = WorkerSpec(
+        role="rank",
+        local_world_size=job.ranks,
+        entrypoint=entry,
+        args=(job.run_dir, job.attempt),
+        rdzv_handler=get_rendezvous_handler(rendezvous),
+        max_restarts=UNLIMITED,
+        monitor_interval=SECONDS_BETWEEN_LOOKS,
+        local_addr="localhost" if job.nodes == 1 else None,
+    )
+    supervisor = Supervisor(agent, spec, RankLogs(agent.paths.rank_logs(job.node_rank)))
+    try:
+        result = supervisor.run()
+    finally:
+        spec.rdzv_handler.shutdown()
+    return result.return_values.get(0) if not result.is_failed() else None

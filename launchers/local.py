@@ -1,0 +1,90 @@
+"""Runs an attempt on this machine through submitit's local executor, and follows it through its files."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from types import FrameType
+
+import submitit
+
+from encdec.files import RunPaths
+from encdec.training.run_config import RunConfig
+from launchers import show
+from launchers.job import RunPhase
+from launchers.run_directory import read_status
+
+MINUTES_PER_YEAR = 365 * 24 * 60
+SECONDS_TO_CLAIM = 60.0
+SECONDS_BETWEEN_LOOKS = 0.1
+
+
+def start(paths: RunPaths, run: RunConfig) -> None:
+    """Hand ``RunPhase(run_dir)`` to submitit's local executor, running the code of the snapshot."""
+    executor = submitit.LocalExecutor(folder=paths.submitit)
+    executor.update_parameters(
+        timeout_min=MINUTES_PER_YEAR,
+        tasks_per_node=1,
+        gpus_per_node=run.ranks_per_node if run.config.infra.device == "cuda" else 0,
+        stderr_to_stdout=True,
+    )
+    with job_environment(paths):
+        job = executor.submit(RunPhase(str(paths.root)))
+    claimed_before = len(paths.attempt_numbers())
+    deadline = time.monotonic() + SECONDS_TO_CLAIM
+    while len(paths.attempt_numbers()) == claimed_before and not job.done() and time.monotonic() < deadline:
+        time.sleep(0.02)  # until the attempt is there to be followed
+
+
+@contextlib.contextmanager
+def job_environment(paths: RunPaths) -> Iterator[None]:
+    """The snapshot goes before the checkout, and the job does not get the terminal's Ctrl-C (submitit would kill it)."""
+    before = dict(os.environ)
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(paths.code), os.environ.get("PYTHONPATH")]))
+    os.environ["PYTHONSAFEPATH"] = "1"  # python -m would put the working directory first
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def follow(paths: RunPaths, *, total_steps: int) -> None:
+    """Show progress until the newest attempt has ended. Ctrl-C asks it to save and stop; a second one stops following."""
+    number = paths.newest_attempt()
+    if number is None:
+        return
+    view = show.Progress(paths.attempt(number), total_steps)
+    interrupts = 0
+
+    def on_interrupt(signum: int, frame: FrameType | None) -> None:
+        nonlocal interrupts
+        interrupts += 1
+
+    handler = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        asked = 0
+        while read_status(paths).running and interrupts < 2:
+            view.refresh()
+            if interrupts > asked:
+                asked = interrupts
+                view.say("finishing the step, then saving; Ctrl-C again stops watching and lets the run go on saving")
+                ask_to_stop(paths, number)
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        view.refresh()
+    finally:
+        view.close()
+        signal.signal(signal.SIGINT, handler)
+
+
+def ask_to_stop(paths: RunPaths, number: int) -> None:
+    """Send the attempt's agent the signal that means: finish the step, save, leave."""
+    facts = json.loads(paths.attempt(number).process.read_text())
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(facts["pid"], signal.SIGUSR2)

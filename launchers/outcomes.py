@@ -1,0 +1,61 @@
+"""How an attempt ended and what that means. Pure: facts in, verdict out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from encdec.errors import ExitCode
+from encdec.records import Outcome
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttemptFacts:
+    """What an agent knows when its ranks have ended."""
+
+    returned: dict[str, Any] | None
+    """What rank 0 returned, if all ranks returned."""
+    refusal: dict[str, Any] | None
+    """What a rank that refused to run wrote: message, exit_code."""
+    failures: list[str] = field(default_factory=list)
+    """One line a failed rank, in order of time."""
+    restarts: int = 0
+    last_step: int = 0
+
+
+EXIT_CODE_OF_CAUSE = {
+    "complete": ExitCode.COMPLETE,
+    "gate": ExitCode.GATE_NOT_PASSED,
+    "signalled": ExitCode.CONTINUE_ME,
+    "stop_requested": ExitCode.CONTINUE_ME,
+}
+
+
+def judge(facts: AttemptFacts) -> Outcome:
+    """The outcome of an attempt. A refusal goes before everything: it says why the ranks died."""
+    if facts.refusal is not None:
+        code = int(facts.refusal["exit_code"])
+        return Outcome(
+            cause="gate"
+            if code == ExitCode.GATE_NOT_PASSED
+            else "refused"
+            if code == ExitCode.CONFIG_WRONG
+            else "crash",
+            exit_code=code,
+            step=facts.last_step,
+            checkpoint=None,
+            message=str(facts.refusal["message"]),
+            restarts=facts.restarts,
+        )
+    if facts.returned is not None:
+        returned = dict(facts.returned)
+        return Outcome(exit_code=EXIT_CODE_OF_CAUSE[returned["cause"]], restarts=facts.restarts, **returned)
+    reason = facts.failures[-1] if facts.failures else "the ranks ended without a result"
+    return Outcome(
+        cause="crash",
+        exit_code=ExitCode.CRASHED,
+        step=facts.last_step,
+        checkpoint=None,
+        message=f"{reason} (after {facts.restarts} restarts in place)",
+        restarts=facts.restarts,
+    )

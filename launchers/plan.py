@@ -1,0 +1,97 @@
+"""RunConfig + where it runs -> Plan: everything the dry run prints. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from encdec.training.run_config import RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What was decided, and why. Written as ``plan.json``."""
+
+    name: str
+    phase: str
+    description: str
+    run_dir: str
+    cluster: str
+    """local | slurm"""
+    why_cluster: str
+    nodes: int
+    ranks_per_node: int
+    device: str
+    sharding: str
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    global_batch_size: int
+    sample_length: int
+    """Raw tokens per sample."""
+    tokens_per_step: int
+    steps_by_table: int
+    """Optimizer steps that the phase's steps allow."""
+    steps_by_tokens: int
+    """Optimizer steps that the phase's tokens feed."""
+    num_train_steps: int
+    """The smaller of the two."""
+    bound_by: str
+    warmup_steps: int
+    tokens: int
+    """Raw tokens of the whole phase."""
+    learning_rate: float
+    save_steps: int
+    eval_steps: int
+    checkpoints: int
+    """Checkpoints written over the phase, the last one included."""
+    max_loss_after_warmup: float
+    min_loss_decrease: float
+    text: str
+    weights: str
+    identity: str
+
+    def to_mapping(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def make_plan(run: RunConfig, *, run_dir: str, cluster: str, why_cluster: str) -> Plan:
+    """Everything the launcher and its user need to know before anything is written.
+
+    Raises:
+        ConfigError: the global batch cannot be cut evenly over the ranks.
+    """
+    micro, accumulation = run.micro_batches(run.world_size)
+    model, training = run.config.model, run.config.training
+    random = "random initial weights" if model.from_scratch else f"both stacks from {model.model_name_or_path}"
+    return Plan(
+        name=run.name,
+        phase=str(run.phase.phase),
+        description=run.phase.description,
+        run_dir=run_dir,
+        cluster=cluster,
+        why_cluster=why_cluster,
+        nodes=run.nodes,
+        ranks_per_node=run.ranks_per_node,
+        device=run.config.infra.device,
+        sharding=f"FSDP2 {run.config.infra.fsdp_sharding_strategy}",
+        micro_batch_size=micro,
+        gradient_accumulation_steps=accumulation,
+        global_batch_size=run.global_batch_size,
+        sample_length=run.sample_length,
+        tokens_per_step=run.tokens_per_step,
+        steps_by_table=training.num_train_steps,
+        steps_by_tokens=run.phase.num_tokens // run.tokens_per_step,
+        num_train_steps=run.num_train_steps,
+        bound_by=run.bound_by,
+        warmup_steps=run.warmup_steps,
+        tokens=run.num_train_steps * run.tokens_per_step,
+        learning_rate=training.learning_rate,
+        save_steps=training.save_steps,
+        eval_steps=training.eval_steps,
+        checkpoints=-(-run.num_train_steps // training.save_steps),
+        max_loss_after_warmup=run.phase.max_loss_after_warmup,
+        min_loss_decrease=run.phase.min_loss_decrease,
+        text=run.config.data.dataset_name,
+        weights=f"{random}; no earlier phase's gate is asked for",
+        identity=run.identity,
+    )

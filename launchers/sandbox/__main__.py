@@ -1,0 +1,80 @@
+"""The command line: python -m launchers.sandbox {up,down,status,env,crash,cut,heal,exec}."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+
+from encdec.errors import EncdecError
+from launchers.sandbox import __doc__ as about
+from launchers.sandbox.cluster import Sandbox
+from launchers.sandbox.layout import Shape
+from launchers.sandbox.status import table
+
+
+def parser() -> argparse.ArgumentParser:
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--dir", default="build/sandbox", help="holds all of its state (default: %(default)s)")
+    top = argparse.ArgumentParser(prog="python -m launchers.sandbox", description=about.splitlines()[0])
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=text, parents=[shared])
+
+    up = command("up", "Start a cluster and wait until all its nodes are idle.")
+    up.add_argument("--nodes", type=int, default=Shape.nodes, help="compute nodes (default: %(default)s)")
+    up.add_argument("--gpus", type=int, default=Shape.gpus, help="fake GPUs per node (default: %(default)s)")
+    command("down", "End the cluster and remove every trace of it.")
+    command("status", "One table: nodes, their state in Slurm, their link, their daemons.")
+    command("env", 'Print what a shell needs to use the cluster: eval "$(python -m launchers.sandbox env)".')
+    for name, text in (
+        ("crash", "Power failure: kill every process of a machine at once."),
+        ("cut", "Network failure: the machine runs on, but nobody reaches it."),
+        ("heal", "Boot a crashed machine or restore its link, and wait until Slurm uses it again."),
+        ("exec", "Run a command on a machine, as ssh would: exec n2 -- hostname."),
+    ):
+        command(name, text).add_argument("machine", help="n1, n2, ... or ctl, the controller")
+    commands.choices["exec"].add_argument("argv", nargs=argparse.REMAINDER, metavar="-- CMD", help="default: a shell")
+    return top
+
+
+def run(arguments: argparse.Namespace) -> None:
+    sandbox = Sandbox(arguments.dir)
+    match arguments.command:
+        case "up":
+            sandbox.up(Shape(nodes=arguments.nodes, gpus=arguments.gpus), say)
+        case "down":
+            sandbox.down(say)
+        case "status":
+            say(table(sandbox.status()))
+        case "env":
+            say("\n".join(f"export {key}={shlex.quote(value)}" for key, value in sandbox.environment.items()))
+        case "crash":
+            sandbox.crash(arguments.machine)
+        case "cut":
+            sandbox.cut(arguments.machine)
+        case "heal":
+            sandbox.heal(arguments.machine, say)
+        case "exec":
+            argv = arguments.argv[arguments.argv[:1] == ["--"] :] or [os.environ.get("SHELL", "/bin/sh")]
+            command = sandbox.inside(arguments.machine, argv)
+            os.execvp(command[0], command)
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        run(parser().parse_args(argv))
+    except EncdecError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
