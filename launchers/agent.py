@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from launchers.elastic import Supervisor
 
 RankFunction = Callable[[str, int], dict[str, Any]]
-PRELOAD = ["launchers.preload", "encdec.train"]
+PRELOAD = ["launchers.preload", "encdec.training.rank"]
 FORWARDED = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SECONDS_BETWEEN_FORWARDS = 1.0
 SECONDS_BETWEEN_HEARTBEATS = 10.0

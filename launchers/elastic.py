@@ -70,9 +70,8 @@ class Supervisor(LocalElasticAgent):
     def _on_failure(self, result: RunResult) -> None:
         for rank, failure in sorted(result.failures.items()):
             name = f" by {signal.Signals(-failure.exitcode).name}" if failure.exitcode < 0 else ""
-            self._agent.rank_failed(
-                f"rank {rank} ended with exit code {failure.exitcode}{name}, see {failure.error_file}"
-            )
+            log = self._agent.paths.rank_logs(self._agent.job.node_rank) / f"rank-{rank}.restart-{self.restarts}.err"
+            self._agent.rank_failed(f"rank {rank} ended with exit code {failure.exitcode}{name}, see {log}")
         step = self._agent.last_step()
         self._fruitless = 0 if step > self._best_step else self._fruitless + 1
         self._best_step = max(step, self._best_step)

@@ -32,12 +32,18 @@ def start(paths: RunPaths, run: RunConfig) -> None:
         gpus_per_node=run.ranks_per_node if run.config.infra.device == "cuda" else 0,
         stderr_to_stdout=True,
     )
+    attempts_before = len(paths.attempt_numbers())
     with job_environment(paths):
         job = executor.submit(RunPhase(str(paths.root)))
-    claimed_before = len(paths.attempt_numbers())
     deadline = time.monotonic() + SECONDS_TO_CLAIM
-    while len(paths.attempt_numbers()) == claimed_before and not job.done() and time.monotonic() < deadline:
+    while not identified(paths, attempts_before) and not job.done() and time.monotonic() < deadline:
         time.sleep(0.02)  # until the attempt is there to be followed
+
+
+def identified(paths: RunPaths, attempts_before: int) -> bool:
+    """Whether a new attempt has been claimed and says which process runs it."""
+    numbers = paths.attempt_numbers()
+    return len(numbers) > attempts_before and paths.attempt(numbers[-1]).process.is_file()
 
 
 @contextlib.contextmanager

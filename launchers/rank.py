@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-import ctypes
+import multiprocessing
+import multiprocessing.connection
+import os
 import signal
+import threading
 from typing import Any
-
-PR_SET_PDEATHSIG = 1
-"""prctl(2): signal to receive when the parent dies. The parent is the forkserver, which ends with its agent."""
 
 
 def run_rank(run_dir: str, attempt: int) -> dict[str, Any]:
     """Train as the rank that the environment names; dies with its agent."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    from encdec.train import run_rank_of_attempt
+    threading.Thread(target=_die_with_agent, daemon=True).start()
+    from encdec.training.rank import run_rank_of_attempt
 
     return run_rank_of_attempt(run_dir, attempt)
+
+
+def _die_with_agent() -> None:
+    """A killed agent leaves no rank behind. prctl's death signal is no help: a rank's parent is the forkserver, which
+    lives on as long as any rank does.
+    """
+    agent = multiprocessing.parent_process()
+    if agent is not None:
+        multiprocessing.connection.wait([agent.sentinel])
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -22,4 +22,5 @@ def why_no_controller() -> str | None:
         return f"scontrol ping failed ({type(error).__name__})"
     if answer.returncode == 0 and " UP" in answer.stdout:
         return None
-    return " ".join((answer.stdout + answer.stderr).split()) or f"scontrol ping exited {answer.returncode}"
+    last_line = (answer.stdout + answer.stderr).strip().rpartition("\n")[2]
+    return last_line.strip() or f"scontrol ping exited {answer.returncode}"

@@ -77,13 +77,12 @@ class UL2DataCollator:
                 "a batch must hold samples of one length", found=sorted(lengths), remedy="Pack with one sample_length"
             )
         keys = np.array([sample["key"] for sample in samples], dtype=np.int64)
-        tasks = self.corruptor.draw_tasks(keys)
-        encoder_lengths, decoder_lengths = self.corruptor.side_lengths(lengths.pop(), tasks)
         batch = self.corruptor.corrupt_batch(
             np.stack([sample["tokens"] for sample in samples]),
             keys,
-            encoder_width=self._width(int(encoder_lengths.max()), self.max_encoder_length),
-            decoder_width=self._width(int(decoder_lengths.max()), self.max_decoder_length),
+            encoder_limit=self.max_encoder_length,
+            decoder_limit=self.max_decoder_length,
+            width_multiple=self.pad_to_multiple_of,
             encoder_padding=self.pad_token_id,
             decoder_padding=IGNORED_LABEL,
         )
@@ -94,7 +93,3 @@ class UL2DataCollator:
             "labels": torch.from_numpy(batch.decoder_ids),
             "sample_ids": torch.from_numpy(keys[:, 1].copy()),
         }
-
-    def _width(self, longest: int, limit: int) -> int:
-        """Columns of one side; at the limit where `longest` is above it, which the corruptor then refuses."""
-        return min(-(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of, limit)

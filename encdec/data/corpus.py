@@ -9,6 +9,7 @@ Three kinds of source, told apart by the name:
 from __future__ import annotations
 
 import json
+import os
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -113,14 +114,7 @@ def is_held_out(document_index: int, fraction: float) -> bool:
 
 def _stdlib_corpus(max_examples: int | None) -> Corpus:
     root = Path(sysconfig.get_path("stdlib"))
-    files = [
-        path
-        for path in sorted(root.rglob("*"), key=lambda path: path.relative_to(root).as_posix())
-        if path.suffix in {".py", ".rst", ".txt"}
-        and not _NOT_STDLIB.intersection(path.relative_to(root).parts[:-1])
-        and path.name != "topics.py"  # its text comes as documents of its own, below
-        and path.is_file()
-    ]
+    files = _stdlib_files(root)
 
     def read() -> Iterator[str]:
         for path in files:
@@ -141,6 +135,17 @@ def _stdlib_corpus(max_examples: int | None) -> Corpus:
         # No absolute path and no time: two installations of one version hold the same text.
         evidence=lambda: (f"{path.relative_to(root).as_posix()} {path.stat().st_size}" for path in files),
     )
+
+
+def _stdlib_files(root: Path) -> list[Path]:
+    """Sources and texts, sorted by their path below `root`."""
+    files = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in _NOT_STDLIB]
+        files += [Path(folder, name) for name in names if Path(name).suffix in {".py", ".rst", ".txt"}]
+    # The documentation topics come as documents of their own.
+    files = [file for file in files if file.is_file() and file.name != "topics.py"]
+    return sorted(files, key=lambda file: file.relative_to(root).as_posix())
 
 
 def _documentation_topics() -> Iterator[str]:

@@ -13,7 +13,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 from blake3 import blake3
@@ -243,7 +243,8 @@ class _SplitWriter:
         self._directory, self._name, self._sample_length = directory, name, sample_length
         self._shard_tokens = max(tokens_per_shard // sample_length, 1) * sample_length
         self._rest = np.empty(0, dtype=dtype)  # tokens that do not fill a sample yet
-        self._file, self._digest, self._in_shard = None, blake3(), 0
+        self._file: BinaryIO | None = None
+        self._digest, self._in_shard = blake3(), 0
         self._shards: list[Shard] = []
         self.documents = self.tokens = 0
 

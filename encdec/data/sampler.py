@@ -53,7 +53,7 @@ def shuffled(positions: np.ndarray | range, seed: int, epoch: int, num_samples: 
     """[n] int64: the sample ids at any positions [n] (integers below num_samples) of an epoch's shuffled order."""
     low_bits = max(1, num_samples.bit_length() // 2)
     high_count = -(-num_samples >> low_bits)  # high_count * 2**low_bits >= num_samples, by little: few walks
-    word = np.uint32 if high_count << low_bits <= 2**32 else np.uint64
+    word = np.uint32 if high_count << low_bits < 2**32 else np.uint64
     keys = [np.uint32(key_of(seed, epoch, turn) >> 32) for turn in range(_ROUNDS)]
     ids = np.empty(len(positions), dtype=np.int64)
     for first in range(0, len(positions), _BLOCK):

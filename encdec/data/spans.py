@@ -54,7 +54,7 @@ class Section(NamedTuple):
     """s, at least 2 and at most min(K, N)."""
 
     @property
-    def count(self) -> int:
+    def height(self) -> int:
         """b, rows of this section."""
         return self.rows.stop - self.rows.start
 
@@ -115,32 +115,32 @@ def lay_out(tokens: np.ndarray, lengths: np.ndarray, sections: list[Section], se
         sentinel_ids: ids for span 0, 1, ...; at least as many as any row has spans.
 
     Returns:
-        All rows flat, [sum of count * width over the sections] int64; free slots hold any token. The array is scratch:
+        All rows flat, [sum of height * width over the sections] int64; free slots hold any token. The array is scratch:
         valid until the next call in this thread.
     """
     runs = lengths + 1
-    shapes, first = [], 0
+    places, first = [], 0
     for section in sections:
-        shape = (section.count, 2, section.spans)
-        here = slice(first, first + section.count * 2 * section.spans)
+        shape = (section.height, 2, section.spans)
+        here = slice(first, first + section.height * 2 * section.spans)
         runs[here].reshape(shape)[:, :, -1] += 1
-        shapes.append((here, shape, section.rows.start * tokens.shape[1]))
+        places.append((here, shape, section.rows.start * tokens.shape[1]))
         first = here.stop
-    run_starts = np.cumsum(runs) - runs
-    shifts, sentinel_at, sentinels = np.empty_like(runs), np.empty_like(runs), np.empty_like(runs)
-    for here, shape, first_token in shapes:
+    starts = np.cumsum(runs) - runs  # of the runs, in the result
+    shifts, sentinel_at = -starts, starts  # from a place in the result to its source: the same throughout a run
+    for here, shape, first_token in places:
         segments = lengths[here].reshape(shape)
-        in_text_order = segments.transpose(0, 2, 1).reshape(-1)  # keep, noise, keep, noise, ... of row after row
-        begins = (np.cumsum(in_text_order) - in_text_order + first_token).reshape(shape[0], shape[2], 2)
-        starts = run_starts[here].reshape(shape)
-        shifts[here].reshape(shape)[...] = begins.transpose(0, 2, 1) - starts  # source minus place, the same for a run
-        shifts[here].reshape(shape)[:, 1] -= 1
-        sentinel_at[here].reshape(shape)[...] = starts
+        in_text_order = segments.transpose(0, 2, 1).ravel()  # keep, noise, keep, noise, ... of row after row
+        begins = np.cumsum(in_text_order)
+        begins += first_token - in_text_order
+        shift = shifts[here].reshape(shape)
+        shift += begins.reshape(shape[0], shape[2], 2).transpose(0, 2, 1)
+        shift[:, 1] -= 1
         sentinel_at[here].reshape(shape)[:, 0] += segments[:, 0]
-        sentinels[here].reshape(shape)[...] = sentinel_ids[: shape[2]]
     sources = np.repeat(shifts, runs)
     sources += _SCRATCH.ramp(len(sources))
     sides = _SCRATCH.take("sides", len(sources), np.int64)
     tokens.reshape(-1).take(sources, mode="clip", out=sides)  # free slots may point one token past the end
-    sides[sentinel_at] = sentinels
+    for here, shape, _ in places:
+        sides[sentinel_at[here].reshape(-1, shape[2])] = sentinel_ids[: shape[2]]
     return sides

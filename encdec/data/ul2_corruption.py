@@ -203,8 +203,9 @@ class UL2Corruptor:
         tokens: np.ndarray,
         keys: Sequence[SampleKey] | np.ndarray,
         *,
-        encoder_width: int | None = None,
-        decoder_width: int | None = None,
+        encoder_limit: int | None = None,
+        decoder_limit: int | None = None,
+        width_multiple: int = 1,
         encoder_padding: int = 0,
         decoder_padding: int = IGNORED_LABEL,
     ) -> CorruptedBatch:
@@ -213,12 +214,13 @@ class UL2Corruptor:
         Args:
             tokens: [B, L] integers, L >= 2.
             keys: B pairs (epoch, sample id).
-            encoder_width, decoder_width: columns of the results; default: the longest row.
+            encoder_limit, decoder_limit: the most columns the results may have; None is any number.
+            width_multiple: columns are rounded up to a multiple of this, as far as the limit allows.
             encoder_padding, decoder_padding: values behind the end of a row.
 
         Raises:
             DataError: the shapes do not fit each other, or L < 2.
-            ConfigError: a row is longer than the width asked for. It is never cut.
+            ConfigError: a row is longer than its limit. It is never cut.
         """
         words = self._sample_words(keys)
         if tokens.ndim != 2 or len(tokens) != len(words) or len(words) == 0 or tokens.shape[1] < 2:
@@ -230,9 +232,9 @@ class UL2Corruptor:
         tasks = self._tasks_from(words)
         encoder_lengths, decoder_lengths = self.side_lengths(tokens.shape[1], tasks)
         batch = CorruptedBatch(
-            _padded(encoder_lengths, encoder_width, encoder_padding, "encoder"),
+            _padded(encoder_lengths, encoder_limit, width_multiple, encoder_padding, "encoder"),
             encoder_lengths,
-            _padded(decoder_lengths, decoder_width, decoder_padding, "decoder"),
+            _padded(decoder_lengths, decoder_limit, width_multiple, decoder_padding, "decoder"),
             decoder_lengths,
             tasks,
         )
@@ -277,7 +279,7 @@ class UL2Corruptor:
         sides = lay_out(tokens[rows].astype(np.int64), lengths, sections, self.sentinel_ids)
         first = 0
         for section in sections:
-            side = sides[first : first + section.count * section.width].reshape(section.count, section.width)
+            side = sides[first : first + section.height * section.width].reshape(section.height, section.width)
             first += side.size
             encoder_end = section.keep + section.spans
             batch.encoder_ids[rows[section.rows], :encoder_end] = side[:, :encoder_end]
@@ -301,12 +303,14 @@ def _shape_table(sample_length: int, num_sentinels: int) -> np.ndarray:
     return table
 
 
-def _padded(lengths: np.ndarray, width: int | None, padding: int, side: str) -> np.ndarray:
+def _padded(lengths: np.ndarray, limit: int | None, multiple: int, padding: int, side: str) -> np.ndarray:
+    """[B, width] int64 of padding, wide enough for every row."""
     longest = int(lengths.max())
-    if width is not None and longest > width:
+    if limit is not None and longest > limit:
         raise ConfigError(
-            f"a corrupted sample must fit {width} {side} tokens (it is never cut)",
+            f"a corrupted sample must fit {limit} {side} tokens (it is never cut)",
             found=longest,
             remedy=f"Raise data.max_{side}_length, or pack again with sample_length from raw_sample_length()",
         )
-    return np.full((len(lengths), width or longest), padding, dtype=np.int64)
+    width = -(-longest // multiple) * multiple
+    return np.full((len(lengths), width if limit is None else min(width, limit)), padding, dtype=np.int64)

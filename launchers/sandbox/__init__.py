@@ -1,8 +1,8 @@
 """A real multi-node Slurm cluster on one machine, for rehearsing what clusters do to jobs.
 
 Every node is a set of Linux namespaces (network, PIDs, mounts, host name, IPC) with its own slurmd; they share one
-file system, as nodes of a real cluster do. Two more sets carry what the nodes need: `ctl` runs slurmctld, slurmdbd and a
-private MariaDB; `site` runs the network switch and munge. The machine itself is the login node.
+file system, as nodes of a real cluster do. Two more sets carry what the nodes need: `ctl` runs slurmctld, slurmdbd and
+a private MariaDB; `site` runs the network switch and munge. The machine itself is the login node.
 
     layout.py      where everything lies and what it is called: paths, addresses, shape
     preflight.py   what must be on this machine first

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import shlex
+import signal
 import sys
 
 from encdec.errors import EncdecError
@@ -12,6 +14,8 @@ from launchers.sandbox import __doc__ as about
 from launchers.sandbox.cluster import Sandbox
 from launchers.sandbox.layout import Shape
 from launchers.sandbox.status import table
+
+say = functools.partial(print, flush=True)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -48,31 +52,27 @@ def run(arguments: argparse.Namespace) -> None:
         case "down":
             sandbox.down(say)
         case "status":
-            say(table(sandbox.status()))
+            print(table(sandbox.status()))
         case "env":
-            say("\n".join(f"export {key}={shlex.quote(value)}" for key, value in sandbox.environment.items()))
-        case "crash":
-            sandbox.crash(arguments.machine)
-        case "cut":
-            sandbox.cut(arguments.machine)
+            print("\n".join(f"export {key}={shlex.quote(value)}" for key, value in sandbox.environment.items()))
+        case "crash" | "cut" as accident:
+            getattr(sandbox, accident)(arguments.machine)
         case "heal":
             sandbox.heal(arguments.machine, say)
         case "exec":
-            argv = arguments.argv[arguments.argv[:1] == ["--"] :] or [os.environ.get("SHELL", "/bin/sh")]
-            command = sandbox.inside(arguments.machine, argv)
+            argv = arguments.argv[1:] if arguments.argv[:1] == ["--"] else arguments.argv
+            command = sandbox.inside(arguments.machine, argv or [os.environ.get("SHELL", "/bin/sh")])
             os.execvp(command[0], command)
-
-
-def say(text: str) -> None:
-    print(text, flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
     try:
         run(parser().parse_args(argv))
     except EncdecError as error:
-        print(error, file=sys.stderr)
+        print(error, *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:  # `up` has cleared away what it had started
+        return 128 + signal.SIGINT
     return 0
 
 

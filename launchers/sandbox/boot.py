@@ -92,7 +92,6 @@ def _database(layout: Layout) -> tuple[str, ...]:
         "--innodb-log-file-size=8M",
         "--innodb-lock-wait-timeout=900",
         "--innodb-flush-method=nosync",
-        "--innodb-doublewrite=OFF",
         "--aria-log-file-size=8M",
         "--aria-sync-log-dir=NEVER",
         "--sync-frm=OFF",

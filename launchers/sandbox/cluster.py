@@ -86,6 +86,8 @@ class Sandbox:
         preflight.check_root()
         self._check_name(name)
         site, began = self._living(SITE), time.monotonic()
+        if name != CONTROLLER:
+            self._living(CONTROLLER)  # without it no node can return to service
         if self.layout.failed(name).exists() and (identity := self._identity(name)):
             identity.kill()
         if self._identity(name) is None:
@@ -146,6 +148,7 @@ class Sandbox:
             self._await(self.layout.started(CONTROLLER, step).exists, f"{what} must start")
             report(what.removeprefix("The "))
         self._await(lambda: set(self._node_states().values()) == {"idle"}, "All nodes must become idle")
+        self.layout.complete.touch()
         report(f"{shape}, all idle")
 
     def _write_files(self, blueprint: Blueprint) -> None:
@@ -195,7 +198,7 @@ class Sandbox:
     def _up_already(self, shape: Shape, say: Say) -> bool:
         """Whether a living sandbox of this shape is there. Raises ConfigError if it has another shape."""
         there = self.layout.blueprint().shape
-        if self._identity(SITE) is None:
+        if self._identity(SITE) is None or not self.layout.complete.exists():
             say(f"Clearing away what an earlier sandbox left at {self.layout.root}.")
             self._tear_down()
             self.layout.root.mkdir(parents=True, exist_ok=True)
@@ -225,14 +228,15 @@ class Sandbox:
             handle = os.open(root, os.O_RDONLY)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX)
+                # a `down` may have removed the directory while we waited for it: then lock its successor
                 if root.exists() and os.path.samestat(os.fstat(handle), root.stat()):
                     yield
                     return
-            finally:  # (a `down` may have removed the directory while we waited: then take the new one)
+            finally:
                 os.close(handle)
 
     def _await(self, done: Callable[[], bool], rule: str, *, of: str = "*") -> None:
-        """Wait until done() holds. As soon as machine `of` reports a failure, raise with the end of the log about it."""
+        """Wait until done() holds. As soon as machine `of` reports a failure, raise with the end of its log."""
         deadline = time.monotonic() + PATIENCE
         while not done():
             for report in self.layout.run.glob(self.layout.failed(of).name):
@@ -246,8 +250,9 @@ class Sandbox:
         what = report.read_text().strip()
         name, step = report.name.removesuffix(".failed"), what.split()[0]  # node.py writes "<step> ended with..."
         log = processes.tail(self.layout.log_of(name, step)) or processes.tail(self.layout.log_of(name, "init"))
-        found = f"on {name}: {what}; the end of its log:\n{log}\n"
-        return EncdecError(rule, found=found, remedy="Repair what the log names, then run up again")
+        error = EncdecError(rule, found=f"on {name}: {what}", remedy="Repair what the log below names, then try again")
+        error.add_note(log)
+        return error
 
     def _check_name(self, name: str) -> None:
         if name not in (machines := self.layout.blueprint().machines[1:]):
@@ -270,6 +275,8 @@ class Sandbox:
 
     def _node_states(self) -> dict[str, str]:
         """Node -> Slurm's word for its state; empty while slurmctld does not answer."""
+        if self._identity(CONTROLLER) is None:
+            return {}
         try:
             listing = self.run("sinfo", "-h", "-N", "-p", "main", "-o", "%N %T", timeout=10)
         except (EncdecError, subprocess.TimeoutExpired):
@@ -282,9 +289,8 @@ class Sandbox:
         if not self.layout.started(name, "slurmd").exists():
             return False  # what Slurm says now is about the time before the boot
         state = self._node_states().get(name, "")
-        if (
-            state.startswith("down") or "drain" in state
-        ):  # Slurm would return a down node after 20 s, a drained one never
+        if state.startswith("down") or "drain" in state:
+            # by itself Slurm returns a down node after some 20 s, and a drained one never
             self.run("scontrol", "update", f"nodename={name}", "state=resume", check=False)
         return state in IN_SERVICE
 

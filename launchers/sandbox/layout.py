@@ -117,6 +117,11 @@ class Layout:
     def started(self, name: str, step: str) -> Path:
         return self.run / f"{name}.{step}.started"
 
+    @property
+    def complete(self) -> Path:
+        """Exists once `up` has succeeded; a sandbox without it is the remains of one that was interrupted."""
+        return self.run / "complete"
+
     def failed(self, name: str) -> Path:
         """One line that says which step of a node failed and how; absent while all is well."""
         return self.run / f"{name}.failed"

@@ -1,7 +1,8 @@
 """PID 1 of every node: python -m launchers.sandbox.node ROOT NAME, inside fresh namespaces.
 
 Makes the namespaces look like a machine of their own, starts what boot.py lists, and then reaps orphans for ever, as an
-init must. It is ended by SIGKILL alone, which is what a power failure looks like to the rest of the cluster.
+init must. It is ended by SIGKILL, which is what a power failure looks like to the rest of the cluster. It ends itself
+when the file that says who it is has gone, so that nothing outlives the sandbox's directory.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -20,11 +22,16 @@ from launchers.sandbox.processes import Identity
 POLL = 0.02
 """Seconds between two looks at something that is about to happen."""
 
+WATCH = 0.5
+"""Seconds between two looks at whether the sandbox is still wanted."""
+
 
 def main(root: str, name: str) -> None:
     layout = Layout(Path(root))
     blueprint = layout.blueprint()
-    layout.identity(name).write_text(Identity.mine().to_json())  # while /proc still shows this machine's numbers
+    identity = Identity.mine()  # while /proc still shows this machine's numbers
+    layout.identity(name).write_text(identity.to_json())
+    threading.Thread(target=_end_with_the_files, args=(layout.identity(name), identity), daemon=True).start()
     running: dict[int, str] = {}
     try:
         _furnish(layout, name)
@@ -34,6 +41,12 @@ def main(root: str, name: str) -> None:
     except (OSError, subprocess.SubprocessError) as problem:
         _report(layout, name, str(problem))
     _reap(layout, name, running)
+
+
+def _end_with_the_files(file: Path, identity: Identity) -> None:
+    while Identity.read(file) == identity:
+        time.sleep(WATCH)
+    os._exit(1)  # the whole node goes with its PID 1
 
 
 def _furnish(layout: Layout, name: str) -> None:

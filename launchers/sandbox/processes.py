@@ -89,6 +89,15 @@ def boot(layout: Layout, name: str) -> Identity:
         subprocess.run(
             argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, cwd=layout.root, check=True
         )
+    try:
+        return _introduction(layout, name)
+    except KeyboardInterrupt:
+        _introduction(layout, name)  # whoever clears away now must find it
+        raise
+
+
+def _introduction(layout: Layout, name: str) -> Identity:
+    """Wait until a node that was just started has written down who it is."""
     deadline = time.monotonic() + PATIENCE
     while not (identity := Identity.read(layout.identity(name))):
         if time.monotonic() > deadline:

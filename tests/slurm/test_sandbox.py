@@ -1,8 +1,9 @@
-"""The sandbox is a real cluster: jobs run, accidents have the consequences they have elsewhere, and nothing of it stays."""
+"""The sandbox is a real cluster: jobs run, accidents have the consequences they have elsewhere, and nothing stays."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,6 +24,12 @@ FOREVER = "--time=10"
 
 def submit(sandbox: Sandbox, *argv: str, user: str | None = None) -> str:
     return sandbox.run("sbatch", "--parsable", "--output=/dev/null", *argv, user=user).strip()
+
+
+def start_again(sandbox: Sandbox, job: str, eventually: Callable[..., None]) -> None:
+    """Wait until Slurm has requeued a job after its node failed, and spare it the hold-off."""
+    eventually(lambda: history(sandbox, job) == ["NODE_FAIL", "PENDING"])
+    sandbox.run("scontrol", "update", f"jobid={job}", "starttime=now")
 
 
 def history(sandbox: Sandbox, job: str) -> list[str]:
@@ -113,7 +120,7 @@ def test_crash_fails_the_node_and_requeues_its_job(sandbox: Sandbox, eventually:
     eventually(lambda: history(sandbox, job) == ["RUNNING"], 10)
     sandbox.crash("n2")
     assert {machine.name for machine in sandbox.status() if machine.missing} == {"n2"}
-    eventually(lambda: history(sandbox, job) == ["NODE_FAIL", "PENDING"])
+    start_again(sandbox, job, eventually)
     sandbox.heal("n2")
     eventually(lambda: history(sandbox, job) == ["NODE_FAIL", "RUNNING"], 30)
     sandbox.run("scancel", job)
@@ -128,6 +135,7 @@ def test_cut_node_works_on_beside_its_successor(
     eventually((workspace / "n3").exists, 10)
     sandbox.cut("n3")
     assert {machine.name for machine in sandbox.status() if machine.link == "cut"} == {"n3"}
+    start_again(sandbox, job, eventually)
     eventually((workspace / "n4").exists)
     (workspace / "n3").unlink()
     eventually((workspace / "n3").exists, 5)  # split brain
@@ -150,7 +158,7 @@ def test_controller_outage_loses_no_running_job(sandbox: Sandbox, eventually: Ca
 
 
 @slurm
-def test_up_twice_is_kind_and_down_leaves_nothing(
+def test_up_twice_is_kind_and_down_leaves_nothing_but_what_is_not_ours(
     able: None, workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     where = ["--dir", str(workspace / "second")]
@@ -163,8 +171,15 @@ def test_up_twice_is_kind_and_down_leaves_nothing(
     command = [sys.executable, "-m", "launchers.sandbox", "exec", *where, "n1", "--", "sh", "-c", "hostname; exit 7"]
     inside = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (inside.stdout, inside.returncode) == ("n1\n", 7)
-    assert traces(workspace / "second")
-    assert main(["down", *where]) == 0
+    with subprocess.Popen(["sleep", "60"]) as stranger:  # has a number that one of ours might have had before
+        forged = f'{{"pid": {stranger.pid}, "started": 1, "boot": "another"}}'
+        (workspace / "second/run/n9.json").write_text(forged)
+        (workspace / "second/results.txt").write_text("mine")
+        assert main(["down", *where]) == 0
+        assert stranger.poll() is None
+        stranger.kill()
+    assert [path.name for path in (workspace / "second").iterdir()] == ["results.txt"]
+    shutil.rmtree(workspace / "second")
     assert traces(workspace / "second") == ""
     assert main(["down", *where]) == 0
 
@@ -178,23 +193,24 @@ def test_failed_up_shows_the_log_and_leaves_nothing(
         text = template.read_text().replace("SchedulerType=sched/backfill", "SchedulerType=sched/nonsense")
         (workspace / "templates" / template.name).write_text(text)
     monkeypatch.setattr(render, "TEMPLATES", workspace / "templates")
-    with pytest.raises(EncdecError, match=r"(?s)slurmctld ended with status 1.*sched/nonsense"):
+    with pytest.raises(EncdecError, match="slurmctld ended with status 1") as failure:
         Sandbox(workspace / "broken").up(Shape(nodes=1))
+    assert "sched/nonsense" in failure.value.__notes__[0]
     assert traces(workspace / "broken") == ""
 
 
 @slurm
-def test_down_leaves_other_files_and_other_processes(able: None, workspace: Path) -> None:
-    cluster = Sandbox(workspace / "third")
-    cluster.up(Shape(nodes=1, gpus=1))
-    (workspace / "third" / "results.txt").write_text("mine")
-    with subprocess.Popen(["sleep", "60"]) as stranger:
-        forged = f'{{"pid": {stranger.pid}, "started": 1, "boot": "another"}}'
-        (cluster.layout.run / "n9.json").write_text(forged)
-        cluster.down()
-        assert stranger.poll() is None
-        stranger.kill()
-    assert [path.name for path in (workspace / "third").iterdir()] == ["results.txt"]
+def test_up_clears_an_interrupted_up_and_nothing_outlives_its_directory(
+    able: None, workspace: Path, capsys: pytest.CaptureFixture[str], eventually: Callable[..., None]
+) -> None:
+    argv = [sys.executable, "-m", "launchers.sandbox", "up", "--nodes", "1", "--dir", str(workspace / "half")]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE) as interrupted:
+        interrupted.stdout.readline()
+        interrupted.kill()
+    assert main(argv[3:]) == 0
+    assert "Clearing away" in capsys.readouterr().out
+    shutil.rmtree(workspace / "half")  # instead of `down`
+    eventually(lambda: traces(workspace / "half") == "", 10)
 
 
 # --- refusals: these need neither root nor Slurm

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -10,7 +11,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from conftest import ByteTokenizer
+from byte_tokenizer import ByteTokenizer
 
 from encdec.data.collator import UL2DataCollator
 from encdec.data.packing import open_packed
@@ -25,11 +26,11 @@ LENGTH = raw_sample_length(96, 96, 512, 100)
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> UL2Dataset:
     root = tmp_path_factory.mktemp("data")
-    lines = (json.dumps({"text": f"text number {number} " * 9}) + "\n" for number in range(200))
+    lines = (json.dumps({"text": f"text number {number} " * 9}) + "\n" for number in range(400))
     (root / "text.jsonl").write_text("".join(lines))
     return create_ul2_dataset(
         str(root / "text.jsonl"), ByteTokenizer(), max_seq_length=LENGTH, packed_dir=root / "packed",
-        validation_fraction=0.1,
+        validation_fraction=0.2,
     )  # fmt: skip
 
 
@@ -91,15 +92,18 @@ def test_workers_leave_signals_to_the_rank(dataset, collator):
     for _ in range(6):
         next(batches)
     assert worker.is_alive(), "SIGTERM of someone else is for the rank"
-    worker.terminate()
-    worker.join(10)
+    with contextlib.suppress(RuntimeError):  # torch's SIGCHLD handler, which may run at any line from here on
+        worker.terminate()
+        worker.join(10)
+    with contextlib.suppress(RuntimeError):
+        worker.join(10)
     assert not worker.is_alive(), "SIGTERM of the rank ends the worker"
 
 
 def test_an_epoch_shows_a_sample_with_other_noise(dataset, collator):
     tokens = dataset[0, 3]["tokens"]
     rows = [rows_of(collator([{"key": (epoch, 3), "tokens": tokens}]))[3] for epoch in range(20)]
-    assert len(set(rows)) > 10
+    assert len(set(rows)) > 5, "half of the epochs draw the prefix task, which is always the same"
 
 
 @pytest.mark.parametrize("pad", [0, 1])
@@ -153,5 +157,6 @@ def test_a_dataset_is_packed_once_per_what_it_was_made_from(tmp_path):
     (tmp_path / "a.txt").write_text("some text " * 500)
     options = {"tokenizer": ByteTokenizer(), "packed_dir": tmp_path / "packed", "validation_fraction": 0.0}
     for length in (32, 32, 64):
-        assert create_ul2_dataset(str(tmp_path / "a.txt"), max_seq_length=length, **options)[0, 0]["tokens"].size == length
+        dataset = create_ul2_dataset(str(tmp_path / "a.txt"), max_seq_length=length, **options)
+        assert dataset[0, 0]["tokens"].size == length
     assert len([path for path in (tmp_path / "packed").iterdir() if path.is_dir()]) == 2

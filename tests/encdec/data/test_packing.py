@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ByteTokenizer
+from byte_tokenizer import ByteTokenizer
 
 from encdec.data import packed
 from encdec.data.corpus import is_held_out, open_corpus

@@ -1,0 +1,133 @@
+"""Kills and stops of real local runs: each ends bit-identical to the run that nobody disturbed."""
+
+from __future__ import annotations
+
+import json
+import signal
+
+import psutil
+
+from encdec.files import RunPaths
+from encdec.records import read_json_lines
+from tests.conftest import Lab, agent_of, kill_everything, losses, ranks_of, wait_for_step, wait_until
+
+
+def outcome(paths: RunPaths, attempt: int = 0) -> dict:
+    return json.loads(paths.attempt(attempt).outcome.read_text())
+
+
+def test_uninterrupted_run_ends_complete_and_verified(twin: RunPaths):
+    ended = outcome(twin)
+    assert (ended["cause"], ended["exit_code"], ended["step"], ended["restarts"]) == ("complete", 0, 60, 0)
+    assert ended["checkpoint_verified"] is True
+    assert ended["first_loss"] - ended["last_loss"] >= 0.2
+    assert sorted(losses(twin)) == list(range(1, 61))
+    assert json.loads((twin.gates / "sanity_check.json").read_text())["passed"] is True
+
+
+def test_killed_rank_is_started_again_inside_the_same_attempt(lab: Lab, twin: RunPaths, twin_digest: str):
+    paths = RunPaths(lab.root / "run")
+    process = lab.start_submit(paths.root)
+    wait_for_step(paths, 20)
+    ranks_of(paths)[-1].send_signal(signal.SIGKILL)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert paths.attempt_numbers() == [0]
+    assert outcome(paths)["restarts"] == 1
+    assert "started again in place" in output
+    assert lab.digest(paths.checkpoints / "step-60") == twin_digest
+    assert losses(paths) == losses(twin)
+
+
+def test_killed_job_is_resumed_by_the_same_command(lab: Lab, twin: RunPaths, twin_digest: str):
+    paths = RunPaths(lab.root / "run")
+    first = lab.start_submit(paths.root)
+    wait_for_step(paths, 40)
+    ranks = ranks_of(paths)
+    kill_everything(paths)
+    output, _ = first.communicate(timeout=60)
+    assert first.returncode != 0
+    assert "give the same command again" in output
+    assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
+    code, output = lab.submit(paths.root)
+    assert code == 0, output
+    assert paths.attempt_numbers() == [0, 1]
+    resumed_at = min(record["step"] for record in read_json_lines(paths.attempt(1).steps))
+    assert resumed_at == 31  # the newest checkpoint before step 40 is step-30
+    assert lab.digest(paths.checkpoints / "step-60") == twin_digest
+    assert losses(paths) == losses(twin)
+
+
+def test_ranks_die_with_their_agent(lab: Lab):
+    paths = RunPaths(lab.root / "run")
+    process = lab.start_submit(paths.root)
+    wait_for_step(paths, 5)
+    ranks = ranks_of(paths)
+    assert len(ranks) >= 2
+    agent_of(paths).send_signal(signal.SIGKILL)
+    _, alive = psutil.wait_procs(ranks, timeout=10)
+    assert not alive
+    process.communicate(timeout=60)
+
+
+def test_warning_signal_saves_at_the_step_and_loses_none(lab: Lab, twin: RunPaths, twin_digest: str):
+    paths = RunPaths(lab.root / "run")
+    process = lab.start_submit(paths.root)
+    wait_for_step(paths, 20)
+    agent_of(paths).send_signal(signal.SIGUSR2)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    ended = outcome(paths)
+    assert ended["cause"] == "signalled"
+    assert ended["checkpoint"] == f"step-{ended['step']}"
+    code, output = lab.submit(paths.root)
+    assert code == 0, output
+    assert min(r["step"] for r in read_json_lines(paths.attempt(1).steps)) == ended["step"] + 1  # none computed twice
+    assert lab.digest(paths.checkpoints / "step-60") == twin_digest
+    assert losses(paths) == losses(twin)
+
+
+def test_ctrl_c_finishes_the_step_and_saves(lab: Lab):
+    paths = RunPaths(lab.root / "run")
+    process = lab.start_submit(paths.root)
+    wait_for_step(paths, 20)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    assert "finishing the step" in output
+    assert outcome(paths)["checkpoint_verified"] is True
+
+
+def test_control_files_save_and_stop(lab: Lab):
+    paths = RunPaths(lab.root / "run")
+    process = lab.start_submit(paths.root)
+    wait_for_step(paths, 17)
+    paths.save_request.touch()
+    wait_until(lambda: not paths.save_request.exists(), "the save request is taken")
+    paths.stop_request.touch()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    saved = [r["step"] for r in read_json_lines(paths.attempt(0).events("rank-0")) if r["event"] == "saved"]
+    off_schedule = [step for step in saved if step % 15]
+    assert len(off_schedule) >= 2  # one asked for by SAVE, one made by STOP
+    assert outcome(paths)["cause"] == "stop_requested"
+    code, output = lab.submit(paths.root)  # the old request does not stop the new attempt
+    assert code == 0, output
+
+
+def test_deterministic_crash_is_given_up(lab: Lab):
+    """A rank that dies again and again without a new step is not restarted for ever."""
+    paths = RunPaths(lab.root / "run")
+    process = lab.start_submit(paths.root)
+    for restart in range(5):
+        log = paths.attempt(0).rank_logs(0) / f"rank-1.restart-{restart}.err"
+        wait_until(lambda log=log: log.exists() or process.poll() is not None, f"start {restart} of the ranks")
+        if process.poll() is not None:
+            break
+        wait_until(lambda: len(ranks_of(paths)) >= 2 or process.poll() is not None, "ranks run")
+        for rank in ranks_of(paths)[-1:]:
+            rank.send_signal(signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, output
+    assert outcome(paths)["cause"] == "crash"
+    assert "SIGKILL" in outcome(paths)["message"]
