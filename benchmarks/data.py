@@ -21,7 +21,7 @@ from encdec.data.collator import UL2DataCollator
 from encdec.data.corpus import open_corpus
 from encdec.data.packing import pack_corpus
 from encdec.data.sampler import sample_ids
-from encdec.data.ul2_corruption import UL2_DENOISERS
+from encdec.denoisers import UL2_DENOISERS
 
 EOS, PAD, FIRST_SENTINEL = 1, 0, 151_700
 

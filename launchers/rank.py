@@ -11,8 +11,10 @@ from typing import Any
 
 
 def run_rank(run_dir: str, attempt: int) -> dict[str, Any]:
-    """Train as the rank that the environment names; dies with its agent."""
-    threading.Thread(target=_die_with_agent, daemon=True).start()
+    """Train as the rank that the environment names; dies with its agent, and at once when its agent says so."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # before any other thread: all inherit it
+    for watch in (_die_with_agent, _obey_termination):
+        threading.Thread(target=watch, daemon=True).start()
     from encdec.training.rank import run_rank_of_attempt
 
     return run_rank_of_attempt(run_dir, attempt)
@@ -26,3 +28,13 @@ def _die_with_agent() -> None:
     if agent is not None:
         multiprocessing.connection.wait([agent.sentinel])
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _obey_termination() -> None:
+    """SIGTERM from the agent means that another rank has died: nothing is left to save, and torch elastic would wait
+    30 s for a rank that takes it as a request to save. From anybody else (a cluster that preempts) it is that request.
+    """
+    agent = multiprocessing.parent_process()
+    while True:
+        sender = signal.sigwaitinfo({signal.SIGTERM}).si_pid
+        os.kill(os.getpid(), signal.SIGKILL if agent and sender == agent.pid else signal.SIGUSR2)

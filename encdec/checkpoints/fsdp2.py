@@ -94,8 +94,8 @@ def prepare_optimizer_state(metadata: Metadata, model: nn.Module, optimizer: Opt
         parameter, dtype = parameters[name], stored.properties.dtype
         if stored.size == parameter.shape and stored.size:
             value = torch.zeros_like(parameter, dtype=dtype)
-        else:  # AdamW's step counter: a scalar on the host
-            value = torch.zeros(stored.size, dtype=dtype)
+        else:  # the fused AdamW keeps its step counter, a scalar, where the parameter is
+            value = torch.zeros(stored.size, dtype=dtype, device=parameter.device)
         optimizer.state[parameter][state] = value.detach()
 
 

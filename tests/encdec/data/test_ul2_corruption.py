@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from encdec.data.ul2_corruption import UL2_DENOISERS, UL2Corruptor, raw_sample_length
+from encdec.data.ul2_corruption import UL2Corruptor
+from encdec.denoisers import UL2_DENOISERS, raw_sample_length
 from encdec.errors import ConfigError, DataError
 
 EOS = 1
