@@ -119,7 +119,7 @@ class Qwen3EncoderDecoderConfig(Qwen3Config):
                 getattr(self, name) > 0, f"{name} must be positive", getattr(self, name), f"Set {name} to 1 or more"
             )
         _require(
-            self.num_attention_heads % self.num_key_value_heads == 0,
+            self.num_attention_heads % (self.num_key_value_heads or self.num_attention_heads) == 0,
             "num_attention_heads must be a multiple of num_key_value_heads",
             f"{self.num_attention_heads} and {self.num_key_value_heads}",
             "Change one of the two",

@@ -220,4 +220,4 @@ class RunPaths:
 
     def newest_attempt(self) -> int | None:
         """Number of the newest attempt, or None before the first. An older one is fenced off."""
-        return (self.attempt_numbers() or [None])[-1]
+        return max(self.attempt_numbers(), default=None)

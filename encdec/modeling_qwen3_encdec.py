@@ -142,7 +142,7 @@ class Qwen3Encoder(Qwen3Stack):
     """Bidirectional Qwen3. Stands alone, too: without `embed_tokens` it owns its embedding."""
 
     def __init__(self, config: Qwen3EncoderDecoderConfig, embed_tokens: nn.Embedding | None = None) -> None:
-        super().__init__(config, Qwen3EncoderLayer, config.num_encoder_layers, embed_tokens)
+        super().__init__(config, Qwen3EncoderLayer, config.num_encoder_layers or config.num_hidden_layers, embed_tokens)
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **_generation_kwargs
@@ -223,8 +223,8 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
 
     def transformer_layers(self) -> Iterator[Qwen3EncoderLayer | Qwen3DecoderLayer]:
         """The units of sharding and activation checkpointing: encoder layers, then decoder layers."""
-        yield from self.encoder.layers
-        yield from self.decoder.layers
+        yield from self.encoder.layers  # type: ignore[misc]
+        yield from self.decoder.layers  # type: ignore[misc]
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.shared
@@ -246,7 +246,7 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """[B, S_d] labels -> [B, S_d] decoder inputs: shifted right behind the start token, -100 read as padding."""
         shifted = F.pad(labels, (1, 0), value=self.config.decoder_start_token_id)[:, :-1]
-        return shifted.masked_fill(shifted == IGNORED_LABEL, self.config.pad_token_id)
+        return shifted.masked_fill(shifted == IGNORED_LABEL, self.config.pad_token_id or 0)
 
     def forward(
         self,

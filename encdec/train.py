@@ -12,11 +12,11 @@ from pathlib import Path
 
 from encdec.errors import EncdecError, ExitCode
 from encdec.files import RunPaths
-from encdec.training.config import read_yaml
 from encdec.training.execution import TrainingPhase
 from encdec.training.rank import run_rank, run_rank_of_attempt, start_log
 from encdec.training.run_config import RunConfig, require_same_run, resolve_run
 from encdec.training.signals import Requests
+from encdec.training.yaml_values import read_yaml
 
 __all__ = ["main", "run_rank_of_attempt"]
 EXIT_CODES = {"complete": ExitCode.COMPLETE, "gate": ExitCode.GATE_NOT_PASSED}

@@ -14,8 +14,8 @@ import submitit
 
 from encdec.files import RunPaths
 from encdec.training.run_config import RunConfig
-from launchers import show
 from launchers.job import RunPhase
+from launchers.progress import Progress
 from launchers.run_directory import read_status
 
 MINUTES_PER_YEAR = 365 * 24 * 60
@@ -66,7 +66,7 @@ def follow(paths: RunPaths, *, total_steps: int) -> None:
     number = paths.newest_attempt()
     if number is None:
         return
-    view = show.Progress(paths.attempt(number), total_steps)
+    view = Progress(paths.attempt(number), total_steps)
     interrupts = 0
 
     def on_interrupt(signum: int, frame: FrameType | None) -> None:

@@ -61,12 +61,13 @@ def make_plan(run: RunConfig, *, run_dir: str, cluster: str, why_cluster: str) -
         ConfigError: the global batch cannot be cut evenly over the ranks.
     """
     micro, accumulation = run.micro_batches(run.world_size)
-    model, training = run.config.model, run.config.training
+    model, training, phase = run.config.model, run.config.training, run.phase
+    assert phase is not None, "the launcher runs phases"
     random = "random initial weights" if model.from_scratch else f"both stacks from {model.model_name_or_path}"
     return Plan(
         name=run.name,
-        phase=str(run.phase.phase),
-        description=run.phase.description,
+        phase=str(phase.phase),
+        description=phase.description,
         run_dir=run_dir,
         cluster=cluster,
         why_cluster=why_cluster,
@@ -80,7 +81,7 @@ def make_plan(run: RunConfig, *, run_dir: str, cluster: str, why_cluster: str) -
         sample_length=run.sample_length,
         tokens_per_step=run.tokens_per_step,
         steps_by_table=training.num_train_steps,
-        steps_by_tokens=run.phase.num_tokens // run.tokens_per_step,
+        steps_by_tokens=phase.num_tokens // run.tokens_per_step,
         num_train_steps=run.num_train_steps,
         bound_by=run.bound_by,
         warmup_steps=run.warmup_steps,
@@ -89,8 +90,8 @@ def make_plan(run: RunConfig, *, run_dir: str, cluster: str, why_cluster: str) -
         save_steps=training.save_steps,
         eval_steps=training.eval_steps,
         checkpoints=-(-run.num_train_steps // training.save_steps),
-        max_loss_after_warmup=run.phase.max_loss_after_warmup,
-        min_loss_decrease=run.phase.min_loss_decrease,
+        max_loss_after_warmup=phase.max_loss_after_warmup,
+        min_loss_decrease=phase.min_loss_decrease,
         text=run.config.data.dataset_name,
         weights=f"{random}; no earlier phase's gate is asked for",
         identity=run.identity,

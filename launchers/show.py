@@ -1,185 +1,131 @@
-"""What a person sees: the plan, the progress, the summary."""
+"""What a person sees: the plan before, the summary after."""
 
 from __future__ import annotations
 
 import json
-import sys
-import time
 from typing import Any
 
-from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 
-from encdec.files import AttemptPaths, RunPaths
+from encdec.errors import ExitCode
+from encdec.files import RunPaths
 from encdec.records import read_json_lines
-from encdec.training.run_config import read_run_config
-from launchers import plan as planning
+from encdec.training.run_config import RunConfig, read_run_config
+from launchers.plan import Plan
+from launchers.progress import make_console
 
-SECONDS_BETWEEN_LINES = 5.0
-"""Without a terminal, a line this often instead of a bar."""
 SPARKS = "▁▂▃▄▅▆▇█"
 
 
-def console() -> Console:
-    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
-
-
-def plan(decided: planning.Plan, *, continues: bool) -> None:
-    """Print the plan."""
+def table_of(rows: dict[str, str]) -> Table:
+    """Two columns, names in bold."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")
-    table.add_column()
-    other = "tokens" if decided.bound_by == "steps" else "steps"
-    others = decided.steps_by_tokens if other == "tokens" else decided.steps_by_table
-    rows = {
-        "phase": f"{decided.phase}: {decided.description.lower()}",
-        "run": decided.name + (" (exists, will be continued)" if continues else ""),
-        "where": f"{decided.cluster} ({decided.why_cluster}), {decided.nodes} node(s) x {decided.ranks_per_node} {decided.device} rank(s)",
-        "sharding": decided.sharding,
-        "batch": f"{decided.global_batch_size} samples x {decided.sample_length} tokens = {decided.tokens_per_step:,} tokens a step "
-        f"({decided.micro_batch_size} a micro-batch, {decided.gradient_accumulation_steps} accumulated, "
-        f"{decided.nodes * decided.ranks_per_node} ranks)",
-        "steps": f"{decided.num_train_steps:,} = {decided.tokens:,} tokens; {decided.bound_by} bind ({other} would allow {others:,} steps)",
-        "schedule": f"peak {decided.learning_rate:g}, {decided.warmup_steps} warm-up steps",
-        "checkpoints": f"every {decided.save_steps:,} steps, {decided.checkpoints} in all; evaluation every {decided.eval_steps:,}",
-        "passes if": f"the loss falls by {decided.min_loss_decrease:g} and ends at or below {decided.max_loss_after_warmup:g}",
-        "text": decided.text,
-        "weights": decided.weights,
-        "directory": decided.run_dir,
-    }
+    table.add_column(overflow="fold")
     for name, value in rows.items():
         table.add_row(name, value)
-    console().print(table)
+    return table
 
 
-def attached(paths: RunPaths) -> None:
-    console().print(f"attempt {paths.newest_attempt()} is running already; following it")
-
-
-def started(paths: RunPaths) -> int:
-    console().print(f"started; the same command follows it, and its files are in {paths.root}")
-    return 0
-
-
-class Progress:
-    """Follows one attempt's step records: a bar on a terminal, else a line now and then.
-
-    Args:
-        attempt: the attempt's files.
-        total_steps: steps at which the run is complete.
-    """
-
-    def __init__(self, attempt: AttemptPaths, total_steps: int) -> None:
-        self._attempt, self._total = attempt, total_steps
-        self._offset = 0
-        self._latest: dict[str, Any] | None = None
-        self._seconds: list[float] = []
-        self._next_line = 0.0
-        self._said = -1
-        self._console = console()
-        self._status = self._console.status("starting") if sys.stdout.isatty() else None
-        if self._status:
-            self._status.start()
-
-    def refresh(self) -> None:
-        """Read what is new and show it."""
-        if not self._attempt.steps.is_file():
-            return
-        with self._attempt.steps.open("rb") as stream:
-            stream.seek(self._offset)
-            fresh = stream.read()
-        whole, newline, _ = fresh.rpartition(b"\n")
-        self._offset += len(whole) + len(newline)
-        for line in whole.splitlines():
-            self._take(line)
-        self._show()
-
-    def _take(self, line: bytes) -> None:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            return  # torn by a kill
-        if self._latest and record["restart"] > self._latest["restart"]:
-            self.say(f"a rank died; started again in place, continuing from step {record['step']}")
-        self._latest = record
-        self._seconds = [*self._seconds[-49:], record["step_seconds"]]
-
-    def _show(self) -> None:
-        if self._latest is None:
-            return
-        step = self._latest["step"]
-        left = (self._total - step) * sum(self._seconds) / len(self._seconds)
-        line = f"step {step}/{self._total}  loss {self._latest['loss']:.4f}  {self._latest['tokens_per_second']:,.0f} tokens/s  ETA {left:.0f} s"
-        if self._status:
-            self._status.update(line)
-        elif step != self._said and (time.monotonic() >= self._next_line or step == self._total):
-            self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
-            self._said = step
-            self._console.print(line)
-
-    def say(self, text: str) -> None:
-        self._console.print(text)
-
-    def close(self) -> None:
-        if self._status:
-            self._status.stop()
+def plan(plan: Plan, *, continues: bool) -> None:
+    """Print the plan."""
+    ranks = plan.nodes * plan.ranks_per_node
+    spare = plan.steps_by_tokens if plan.bound_by == "steps" else plan.steps_by_table
+    other = "tokens" if plan.bound_by == "steps" else "steps"
+    make_console().print(
+        table_of(
+            {
+                "phase": f"{plan.phase}: {plan.description.lower()}",
+                "run": plan.name + (" (exists, will be continued)" if continues else ""),
+                "where": f"{plan.cluster}: {plan.why_cluster}",
+                "ranks": f"{plan.nodes} node(s) x {plan.ranks_per_node} {plan.device} rank(s), {plan.sharding}",
+                "batch": f"{plan.global_batch_size} samples x {plan.sample_length} tokens = {plan.tokens_per_step:,} "
+                f"tokens a step ({plan.micro_batch_size} a micro-batch x {plan.gradient_accumulation_steps} accumulated x "
+                f"{ranks} ranks)",
+                "steps": f"{plan.num_train_steps:,}, {plan.tokens:,} tokens: {plan.bound_by} bind, "
+                f"{other} would allow {spare:,} steps",
+                "schedule": f"peak learning rate {plan.learning_rate:g}, {plan.warmup_steps} warm-up steps",
+                "checkpoints": f"every {plan.save_steps:,} steps, {plan.checkpoints} in all; "
+                f"evaluation every {plan.eval_steps:,}",
+                "passes if": f"the loss falls by at least {plan.min_loss_decrease:g} and ends at or below "
+                f"{plan.max_loss_after_warmup:g}",
+                "text": plan.text,
+                "weights": plan.weights,
+                "directory": plan.run_dir,
+            }
+        )
+    )
 
 
 def summary(paths: RunPaths, *, already: bool = False) -> int:
-    """Print how the run stands and what to type next; returns the exit code of its newest outcome."""
+    """Print how the run stands and what to type next; returns the exit code of its newest attempt."""
     run = read_run_config(paths)
     numbers = paths.attempt_numbers()
-    steps = merged_steps(paths)
     newest = paths.attempt(numbers[-1]) if numbers else None
     outcome = json.loads(newest.outcome.read_text()) if newest and newest.outcome.is_file() else None
-    exit_code = outcome["exit_code"] if outcome else 1
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold")
-    table.add_column()
-    for name, value in summary_rows(paths, run, steps, outcome, len(numbers)).items():
-        table.add_row(name, value)
-    good = outcome is not None and outcome["cause"] == "complete"
-    title = f"{run.phase.phase}: {'complete' if good else outcome['cause'] if outcome else 'ended without an outcome'}"
-    title += " (nothing left to do)" if already else ""
-    console().print(
-        Panel(table, title=title, title_align="left", border_style="green" if good else "red", expand=False)
-    )
-    return exit_code
+    cause = outcome["cause"] if outcome else "ended without an outcome"
+    title = f"{run.phase.phase if run.phase else 'training'}: {cause}{' (nothing left to do)' if already else ''}"
+    rows = summary_rows(paths, run, outcome, attempts=len(numbers))
+    color = "green" if cause == "complete" else "red"
+    make_console().print(Panel(table_of(rows), title=title, title_align="left", border_style=color, expand=False))
+    return outcome["exit_code"] if outcome else ExitCode.CRASHED
 
 
-def summary_rows(
-    paths: RunPaths, run: Any, steps: list[dict[str, Any]], outcome: dict[str, Any] | None, attempts: int
-) -> dict[str, str]:
+def attached(paths: RunPaths) -> None:
+    """Say that an attempt runs already."""
+    make_console().print(f"attempt {paths.newest_attempt()} is running already; following it")
+
+
+def started(paths: RunPaths) -> int:
+    """Say that an attempt has been started and is left alone; exit code 0."""
+    make_console().print(f"started; the same command follows it, and its files are in {paths.root}")
+    return 0
+
+
+def summary_rows(paths: RunPaths, run: RunConfig, outcome: dict[str, Any] | None, *, attempts: int) -> dict[str, str]:
     """The summary's lines, by name."""
-    rows = {"run": run.name}
     restarts = outcome["restarts"] if outcome else 0
-    rows["attempts"] = f"{attempts}" + (f", ranks started again in place {restarts} time(s)" if restarts else "")
-    if steps:
-        losses = [record["loss"] for record in steps]
-        rows["steps"] = f"{steps[-1]['step']:,} of {run.num_train_steps:,}, {steps[-1]['tokens_seen']:,} tokens"
-        if outcome and outcome["first_loss"] is not None:
-            first, last = outcome["first_loss"], outcome["last_loss"]
-            rows["loss"] = (
-                f"{first:.4f} -> {last:.4f} (fell by {first - last:.4f}, at least {run.phase.min_loss_decrease:g} asked)  {sparkline(losses)}"
-            )
-        speeds = sorted(record["tokens_per_second"] for record in steps)
-        rows["speed"] = f"{speeds[len(speeds) // 2]:,.0f} tokens/s (median of steps)"
+    rows = {
+        "run": run.name,
+        "attempts": f"{attempts}" + (f"; ranks started again in place {restarts} time(s)" if restarts else ""),
+        **progress_rows(paths, run, outcome),
+    }
     if outcome and outcome["checkpoint"]:
         verified = "read back, every digest matches" if outcome["checkpoint_verified"] else "NOT verified"
-        rows["checkpoint"] = f"{paths.checkpoints / outcome['checkpoint']} ({verified})"
-    rows["logs"] = str(paths.attempt(attempts - 1).rank_logs(0)) if attempts else str(paths.submitit)
-    rows["why"] = outcome["message"] if outcome else f"the job ended without a word; see {paths.submitit}"
-    rows["next"] = what_next(paths, run, outcome)
+        rows["checkpoint"] = f"{outcome['checkpoint']}: {verified}"
+    rows["directory"] = str(paths.root)
+    rows["logs"] = str(paths.attempt(attempts - 1).rank_logs(0) if attempts else paths.submitit)
+    rows["ended"] = outcome["message"] if outcome else f"the job ended without a word; see {paths.submitit}"
+    rows["next"] = what_next(paths, outcome)
     return rows
 
 
-def what_next(paths: RunPaths, run: Any, outcome: dict[str, Any] | None) -> str:
+def progress_rows(paths: RunPaths, run: RunConfig, outcome: dict[str, Any] | None) -> dict[str, str]:
+    """Steps, loss and speed, as far as there are any."""
+    steps = merged_steps(paths)
+    if not steps:
+        return {}
+    rows = {"steps": f"{steps[-1]['step']:,} of {run.num_train_steps:,}; {steps[-1]['tokens_seen']:,} tokens"}
+    spark = sparkline([record["loss"] for record in steps])
+    if outcome and outcome["first_loss"] is not None:
+        first, last = outcome["first_loss"], outcome["last_loss"]
+        asked = f", at least {run.phase.min_loss_decrease:g} asked" if run.phase else ""
+        rows["loss"] = f"{first:.4f} -> {last:.4f}  {spark}  fell by {first - last:.4f}{asked}"
+    else:
+        rows["loss"] = f"{steps[0]['loss']:.4f} -> {steps[-1]['loss']:.4f}  {spark}"
+    speeds = sorted(record["tokens_per_second"] for record in steps)
+    rows["speed"] = f"{speeds[len(speeds) // 2]:,.0f} tokens/s (median step)"
+    return rows
+
+
+def what_next(paths: RunPaths, outcome: dict[str, Any] | None) -> str:
     """The command to type next."""
-    if outcome and outcome["cause"] == "complete":
+    cause = outcome["cause"] if outcome else ""
+    if outcome and cause == "complete":
         return f"python -m encdec.checkpoints verify {paths.checkpoints / outcome['checkpoint']}"
-    if outcome and outcome["cause"] in ("refused", "gate"):
-        return "correct what the line above names, then give the same command"
+    if cause in ("refused", "gate"):
+        return "correct what the line above names, then give the same command again"
     return "give the same command again: it continues from the newest valid checkpoint"
 
 

@@ -113,7 +113,7 @@ def digest_payload(folder: Path, hasher: blake3) -> None:
             dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
         for name, tensor in tensors.items():
             hasher.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-            hasher.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+            hasher.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _chunks(metadata: dict[str, Any]) -> Iterator[list[str]]:

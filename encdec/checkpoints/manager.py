@@ -1,7 +1,7 @@
 """Commits, finds, loads and prunes checkpoints.
 
-A save goes to ``step-<k>.tmp-<attempt>``; every rank syncs and hashes its own files; rank 0 writes the manifest, renames
-the folder and syncs the parent. A kill at any point leaves the previous checkpoint as the newest valid one.
+A save goes to ``step-<k>.tmp-<attempt>``; every rank syncs and hashes its own files; rank 0 writes the manifest,
+renames the folder and syncs the parent. A kill at any point leaves the previous checkpoint as the newest valid one.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -168,18 +169,21 @@ class CheckpointManager:
     def list_checkpoints(self) -> list[CheckpointInfo]:
         """Committed checkpoints with a sound manifest, by step."""
         infos = []
-        for folder in self._folders():
+        for step in sorted(self._steps()):
+            folder = self.output_dir / f"step-{step}"
             try:
                 manifest = read_manifest(folder)
             except CheckpointError:
                 continue
             size = sum(record.bytes for record in manifest.files)
             infos.append(CheckpointInfo(folder.name, manifest.step, manifest.metrics, size, manifest.time))
-        return sorted(infos, key=lambda info: info.step)
+        return infos
 
-    def _folders(self) -> Iterator[Path]:
+    def _steps(self) -> Iterator[int]:
+        """Steps of the committed folders, in no order."""
         if self.output_dir.is_dir():
-            yield from (path for path in self.output_dir.iterdir() if STEP_FOLDER.fullmatch(path.name))
+            matches = (STEP_FOLDER.fullmatch(path.name) for path in self.output_dir.iterdir())
+            yield from (int(match.group(1)) for match in matches if match)
 
     def validate(self, checkpoint_id: str) -> None:
         """Verify one checkpoint in this process.
@@ -194,9 +198,7 @@ class CheckpointManager:
 
         Newer ones that fail are moved to ``quarantine/`` with their reason; ``rejected`` names them.
         """
-        steps = distributed.on_rank_zero(
-            lambda: sorted((int(STEP_FOLDER.fullmatch(path.name).group(1)) for path in self._folders()), reverse=True)  # type: ignore[union-attr]
-        )
+        steps = distributed.on_rank_zero(lambda: sorted(self._steps(), reverse=True))
         for step in steps:
             folder = self.output_dir / f"step-{step}"
             try:
@@ -204,7 +206,7 @@ class CheckpointManager:
                 return folder
             except CheckpointError as error:
                 self.rejected.append(str(error))
-                distributed.on_rank_zero(lambda folder=folder, error=error: self._quarantine(folder, error))
+                distributed.on_rank_zero(partial(self._quarantine, folder, error))
         return None
 
     def _verify_together(self, folder: Path) -> Manifest:

@@ -228,7 +228,7 @@ def observers(run: RunConfig, paths: RunPaths, attempt: int) -> list[Observer]:
 
 
 def fence(paths: RunPaths, attempt: int) -> Callable[[], None]:
-    """Raises, just before a commit, if a newer attempt has begun: a rank cut off from its cluster may still be alive."""
+    """Raises, just before a commit, if a newer attempt has begun: ranks cut off from their cluster may still live."""
 
     def check() -> None:
         newest = paths.newest_attempt()

@@ -1,14 +1,13 @@
 """The configuration tree: strict, keyword-only, checked on construction and on assignment.
 
-``FullConfig.from_yaml`` reads a file, ``apply_settings`` lays ``section.key=value`` over it, ``to_yaml`` writes it back
-without loss. A bad value or an unknown key is refused with its path and the nearest known key.
+``FullConfig.from_yaml`` reads a file, ``to_yaml`` writes it back without loss. A bad value or an unknown key is refused
+with its path and the nearest known key.
 """
 
 from __future__ import annotations
 
 import difflib
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from encdec.errors import ConfigError
 from encdec.files import atomic_write_text
+from encdec.training.yaml_values import read_yaml
 
 PhaseName = Literal["sanity_check", "validation", "medium", "full"]
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -82,13 +82,13 @@ class ModelConfig(Section):
     """Which model, and how it is built."""
 
     model_name_or_path: str = "Qwen/Qwen3-0.6B"
-    """Qwen3 checkpoint (hub id or directory) whose blocks start both stacks. Not read when ``from_scratch`` is given."""
+    """Qwen3 checkpoint (hub id or directory) whose blocks start both stacks. Not read where ``from_scratch`` is set."""
     tokenizer_name_or_path: str | None = None
     """Qwen2/Qwen3 tokenizer (hub id or directory); the same as the model unless given."""
     num_sentinel_tokens: PositiveInt = 100
     """Sentinels for span corruption; also the most spans one example can have."""
     use_flash_attention: bool = True
-    """Fused attention (torch SDPA picks the fastest kernel that can express the merged mask); False: plain matrix products."""
+    """Fused attention: torch SDPA picks the fastest kernel that can express the mask. False: plain matrix products."""
     from_scratch: ArchitectureConfig | None = None
     """Sizes of a model with random weights, instead of ``model_name_or_path``."""
     train_tokenizer_vocab_size: PositiveInt | None = None
@@ -99,7 +99,7 @@ class DataConfig(Section):
     """Which text, and how it is cut into samples."""
 
     dataset_name: str = "HuggingFaceFW/fineweb-edu"
-    """Hub data set, local .txt/.jsonl/.parquet file or folder, or "python-stdlib": this Python's own sources and documentation."""
+    """Hub data set, local .txt/.jsonl/.parquet file or folder, or "python-stdlib": this Python's own text."""
     dataset_config: str | None = None
     """Configuration name of a hub data set."""
     text_column: str = "text"
@@ -119,7 +119,7 @@ class DataConfig(Section):
     dataloader_num_workers: NonNegativeInt = 2
     """Loader processes a rank; 0 loads inside the rank. Batches do not depend on it."""
     shuffle_buffer_size: PositiveInt = 10_000
-    """Documents in the shuffle buffer of streamed training (``tokenize_on_fly``); packed training shuffles everything."""
+    """Documents in the shuffle buffer of streamed training (``tokenize_on_fly``); packed text is shuffled whole."""
     max_examples: PositiveInt | None = None
     """Read at most this many documents."""
     validation_fraction: Fraction = 0.01
@@ -144,7 +144,7 @@ class TrainingConfig(Section):
     gradient_accumulation_steps: PositiveInt = 8
     """Micro-batches per optimizer step and rank. Computed instead when ``global_batch_size`` is given."""
     global_batch_size: PositiveInt | None = None
-    """Samples per optimizer step over all ranks. When given it holds at any world size; else micro x accumulation x ranks."""
+    """Samples per optimizer step over all ranks, at any world size; else micro-batch x accumulation x ranks."""
     learning_rate: PositiveFloat = 2e-4
     """Peak learning rate."""
     weight_decay: NonNegativeFloat = 0.01
@@ -170,7 +170,7 @@ class TrainingConfig(Section):
     optimizer: Literal["adamw", "muon"] = "adamw"
     """Optimizer."""
     bf16: bool = True
-    """Compute in bfloat16 (parameters and reductions stay fp32); falls back to fp32 with a warning where hardware lacks it."""
+    """Compute in bfloat16 (master weights and reductions stay fp32); fp32 with a warning where hardware lacks it."""
     fp16: bool = False
     """Compute in float16."""
     save_steps: PositiveInt = 1000
@@ -276,96 +276,6 @@ class FullConfig(Section):
     def to_yaml(self, path: str | Path) -> None:
         """Write the tree so that ``from_yaml`` gives an equal one."""
         atomic_write_text(Path(path), yaml.safe_dump(self.model_dump(), sort_keys=False))
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that also reads 2e-4 as a number (YAML 1.1 would make it a string)."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-
-
-def parse_yaml(text: str) -> Any:
-    """One YAML document as plain values; 2e-4 is a number."""
-    return yaml.load(text, Loader=_Loader)
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping; an empty file is an empty mapping.
-
-    Raises:
-        ConfigError: unreadable, not YAML, or not a mapping.
-    """
-    try:
-        values = parse_yaml(Path(path).read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            "The configuration file must be readable",
-            found=f"{path} ({getattr(error, 'strerror', None) or error})",
-            remedy="Give --config the path of a YAML file, for example configs/tiny.yaml",
-        ) from None
-    except yaml.YAMLError as error:
-        raise ConfigError(
-            "The configuration file must be YAML",
-            found=f"{path}: {' '.join(str(error).split())}",
-            remedy="Mend that line; configs/tiny.yaml shows the form",
-        ) from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError(
-            "A configuration file must be a mapping of sections",
-            found=f"a {type(values).__name__} in {path}",
-            remedy=f"Start it with one of the sections {', '.join(FullConfig.model_fields)}",
-        )
-    return values
-
-
-def apply_settings(values: Mapping[str, Any], settings: Iterable[str]) -> dict[str, Any]:
-    """``values`` with each ``section.key=value`` laid over it; values are read as YAML (null, true, 2e-4, [1, 2]).
-
-    Raises:
-        ConfigError: a setting without ``=``, or a path that goes through a value that is not a mapping.
-    """
-    result = _deep_copy(values)
-    for setting in settings:
-        path, equals, text = setting.partition("=")
-        keys = path.strip().split(".")
-        if not equals or len(keys) < 2 or not all(keys):
-            raise ConfigError(
-                "--set takes section.key=value",
-                found=repr(setting),
-                remedy="Write for example --set training.learning_rate=1e-3",
-            )
-        try:
-            value = parse_yaml(text)
-        except yaml.YAMLError:
-            raise ConfigError(
-                "The value of --set must be YAML",
-                found=repr(setting),
-                remedy="Quote it, for example --set 'a.b=\"x: y\"'",
-            ) from None
-        node = result
-        for key in keys[:-1]:
-            if node.get(key) is None:
-                node[key] = {}
-            node = node[key]
-            if not isinstance(node, dict):
-                raise ConfigError(
-                    f"--set {path} goes through {key}, which must be a section",
-                    found=type(node).__name__,
-                    remedy="Give the path of one value",
-                )
-        node[keys[-1]] = value
-    return result
-
-
-def _deep_copy(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _deep_copy(value) if isinstance(value, Mapping) else value for key, value in values.items()}
 
 
 def _explain(error: ValidationError, source: str) -> ConfigError:

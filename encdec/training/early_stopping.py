@@ -44,7 +44,8 @@ class EarlyStopping:
         self._state["checks_without_improvement"] += 1
         if self._state["checks_without_improvement"] < self._rules.early_stopping_patience:
             return None
-        return f"mean loss {mean_loss:.4f} has not fallen below {best:.4f} for {self._rules.early_stopping_patience} checks"
+        checks = self._rules.early_stopping_patience
+        return f"mean loss {mean_loss:.4f} has not fallen below {best:.4f} for {checks} checks"
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self._state)

@@ -15,7 +15,8 @@ from encdec.files import RunPaths, atomic_write_json
 from encdec.sanity_check import check_model
 from encdec.training.execution import PhaseConfig
 from encdec.training.run_config import RunConfig
-from encdec.training.trainer import Qwen3EncoderDecoderTrainer, TrainResult
+from encdec.training.state import TrainResult
+from encdec.training.trainer import Qwen3EncoderDecoderTrainer
 
 log = logging.getLogger("encdec.train")
 

@@ -91,7 +91,8 @@ class TextLog:
         left = (self._total - record.step) * sum(self._seconds) / len(self._seconds)
         return (
             f"step {record.step}/{self._total}  loss {record.loss:.4f} (50-step mean {moving_loss:.4f})  "
-            f"grad norm {record.grad_norm:.3f}  lr {record.learning_rate:.3e}  {record.tokens_per_second:,.0f} tokens/s  "
+            f"grad norm {record.grad_norm:.3f}  lr {record.learning_rate:.3e}  "
+            f"{record.tokens_per_second:,.0f} tokens/s  "
             f"memory {record.memory_gb:.2f} GB  since checkpoint {self._since_save}  ETA {left:.0f} s"
         )
 
@@ -143,7 +144,7 @@ class WeightsAndBiases:
     def __init__(self, folder: Path, *, run_id: str, project: str, entity: str | None, name: str, config: Any) -> None:
         import wandb  # slow to import: only where asked for
 
-        mode = os.environ.get("WANDB_MODE")
+        mode: Any = os.environ.get("WANDB_MODE")
         if mode is None and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
             mode = "offline"
             log.warning("W&B: nobody is logged in, recording offline under %s (upload later with wandb sync)", folder)

@@ -17,8 +17,9 @@ import yaml
 from encdec.denoisers import raw_sample_length
 from encdec.errors import ConfigError, RunDirectoryError
 from encdec.files import RunPaths, atomic_write_text
-from encdec.training.config import FullConfig, apply_settings, read_yaml
+from encdec.training.config import FullConfig
 from encdec.training.execution import PHASE_CONFIGS, PhaseConfig, TrainingPhase
+from encdec.training.yaml_values import apply_settings, read_yaml
 
 PLACE_KEYS = ("name", "nodes", "ranks_per_node", "config.infra.num_gpus")
 """Dotted paths that say where a run runs and what it is called, not what it computes."""
@@ -224,9 +225,13 @@ def _with_arithmetic(
         )
     steps = min(training.num_train_steps, by_tokens or training.num_train_steps)
     row = row and replace(
-        row, num_tokens=training.total_tokens or steps * global_batch * length, num_train_steps=training.num_train_steps,
-        eval_steps=training.eval_steps, save_steps=training.save_steps, logging_steps=training.logging_steps,
-    )  # fmt: skip
+        row,
+        num_tokens=training.total_tokens or steps * global_batch * length,
+        num_train_steps=training.num_train_steps,
+        eval_steps=training.eval_steps,
+        save_steps=training.save_steps,
+        logging_steps=training.logging_steps,
+    )
     run = RunConfig(
         name="",
         phase=row,

@@ -1,7 +1,7 @@
 """Process group and FSDP2, and the proof at start-up that both are what was asked for.
 
-Launchers can lose the sharding without a word: ``accelerate launch --cpu`` collapses to one process, and Accelerate's own
-FSDP turns into plain data parallelism on CPU. So the sharding is done here, by ``fully_shard``, and then looked at.
+Launchers can lose the sharding without a word: ``accelerate launch --cpu`` collapses to one process, and Accelerate's
+own FSDP turns into plain data parallelism on CPU. So the sharding is done here, by ``fully_shard``, then looked at.
 """
 
 from __future__ import annotations
@@ -117,13 +117,17 @@ def prove_sharding(model: nn.Module, world_size: int) -> str:
     """
     local = total = 0
     for name, parameter in model.named_parameters():
-        placed = isinstance(parameter, DTensor) and parameter.placements == (Shard(0),)
-        if not placed or parameter.device_mesh.size() != world_size:  # type: ignore[union-attr]
+        tensor = parameter.data
+        if (
+            not isinstance(tensor, DTensor)
+            or tensor.placements != (Shard(0),)
+            or tensor.device_mesh.size() != world_size
+        ):
             raise ShardingError(
                 f"Every parameter must be split over all {world_size} ranks",
-                found=f"{name}: {getattr(parameter, 'placements', 'a plain tensor')}",
+                found=f"{name}: {getattr(tensor, 'placements', 'a plain tensor')}",
                 remedy="Let encdec.train shard the model itself; start it with torchrun or accelerate launch",
             )
-        local += parameter.to_local().numel()  # type: ignore[union-attr]
+        local += tensor.to_local().numel()
         total += parameter.numel()
     return f"FSDP2 over {world_size} ranks: {total:,} parameters, {local:,} on this rank"

@@ -9,7 +9,6 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,66 +27,12 @@ from encdec.records import StepRecord
 from encdec.training.config import FullConfig
 from encdec.training.early_stopping import EarlyStopping
 from encdec.training.observers import Observer
+from encdec.training.optimizer import make_optimizer
 from encdec.training.schedule import Schedule
 from encdec.training.signals import Requests
+from encdec.training.state import MOVING_WINDOW, LossHistory, TrainingState, TrainResult
 
 log = logging.getLogger("encdec.train")
-MOVING_WINDOW = 50
-"""Steps in the moving mean of the loss."""
-
-
-@dataclass
-class TrainingState:
-    """Where training stands. Everything else about the past is in the tensors."""
-
-    global_step: int = 0
-    epoch: int = 0
-    best_eval_loss: float = math.inf
-    total_tokens_seen: int = 0
-    samples_consumed: int = 0
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """How ``train`` ended."""
-
-    cause: str
-    """complete | signalled | stop_requested"""
-    step: int
-    checkpoint: str | None
-    first_loss: float
-    """Mean over the first steps, nats."""
-    last_loss: float
-    """Mean over the last steps, nats."""
-    message: str
-
-
-class LossHistory:
-    """The first and the newest losses: what the moving mean and the phase's verdict need."""
-
-    def __init__(self, total_steps: int) -> None:
-        self.window = min(MOVING_WINDOW, max(1, total_steps // 10))
-        self.first: list[float] = []
-        self.recent: list[float] = []
-
-    def add(self, loss: float) -> None:
-        if len(self.first) < self.window:
-            self.first.append(loss)
-        self.recent = [*self.recent[-(MOVING_WINDOW - 1) :], loss]
-
-    @property
-    def first_mean(self) -> float:
-        return sum(self.first) / len(self.first) if self.first else math.nan
-
-    def last_mean(self, window: int | None = None) -> float:
-        last = self.recent[-(window or self.window) :]
-        return sum(last) / len(last) if last else math.nan
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"first": self.first, "recent": self.recent}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.first, self.recent = list(state["first"]), list(state["recent"])
 
 
 class Qwen3EncoderDecoderTrainer:
@@ -184,9 +129,9 @@ class Qwen3EncoderDecoderTrainer:
         """One optimizer step: (record, stop asked for, save asked for), the same on every rank."""
         began = time.perf_counter()
         torch.manual_seed(self._step_seed())
-        loss_sum, tokens, waited = self._forward_backward()
+        own_loss_sum, own_tokens, waited = self._forward_backward()
         stop, save = self.requests.look()
-        loss_sum, tokens, squares, stops, saves = self._reduce(loss_sum, tokens, float(stop), float(save))
+        loss_sum, tokens, squares, stops, saves = self._reduce(own_loss_sum, own_tokens, float(stop), float(save))
         loss = loss_sum / max(tokens, 1.0)
         if not math.isfinite(loss) or not math.isfinite(squares):
             raise TrainingDiverged(
@@ -396,21 +341,3 @@ class Qwen3EncoderDecoderTrainer:
         if self._device.type == "cuda":
             return torch.cuda.memory_allocated(self._device) / 1e9
         return self._process.memory_info().rss / 1e9
-
-
-def make_optimizer(model: nn.Module, config: FullConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only (none on biases and norms)."""
-    training = config.training
-    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": training.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=training.learning_rate,
-        betas=(training.adam_beta1, training.adam_beta2),
-        eps=training.adam_epsilon,
-        fused=True,  # one kernel over all parameters; unfused, DTensor's dispatch costs more than a tiny model's step
-    )

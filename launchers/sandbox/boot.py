@@ -60,8 +60,13 @@ def daemons(name: str, layout: Layout, blueprint: Blueprint) -> tuple[str, ...]:
 
 def _munged(layout: Layout) -> Step:
     run = layout.run
-    argv = ("munged", "--foreground", "--force", f"--key-file={layout.munge_key}", f"--socket={layout.munge_socket}")
-    argv += (f"--pid-file={run}/munged.pid", f"--seed-file={run}/munged.seed", f"--log-file={layout.log}/munged.log")
+    argv: tuple[str, ...] = ("munged", "--foreground", "--force", f"--key-file={layout.munge_key}")
+    argv += (
+        f"--socket={layout.munge_socket}",
+        f"--pid-file={run}/munged.pid",
+        f"--seed-file={run}/munged.seed",
+        f"--log-file={layout.log}/munged.log",
+    )
     return Step(name="munged", argv=argv, answers=layout.munge_socket)
 
 

@@ -13,6 +13,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from encdec.errors import ConfigError, EncdecError
 from launchers.sandbox import boot, network, preflight, processes, render
@@ -108,8 +109,9 @@ class Sandbox:
         """Run a command on the login node, as root or as another user, and return what it printed."""
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "SRUN_"))}
         account = pwd.getpwnam(user) if user else None
-        settings = {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []} if account else {}
-        settings |= {"env": inherited | self.environment, "timeout": timeout}
+        settings: dict[str, Any] = {"env": inherited | self.environment, "timeout": timeout}
+        if account:
+            settings |= {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
         done = subprocess.run(argv, check=False, capture_output=True, text=True, **settings)
         if check and done.returncode != 0:
             found = f"status {done.returncode}: {done.stderr.strip()}"
@@ -296,7 +298,8 @@ class Sandbox:
 
     def _machine_status(self, name: str, blueprint: Blueprint, states: dict, cables: set[str]) -> MachineStatus:
         identity = self._identity(name)
-        running = processes.residents({processes.namespace(identity)}).values() if identity else ()
+        space = processes.namespace(identity) if identity else None
+        running = processes.residents({space}).values() if space else ()
         daemons = boot.daemons(name, self.layout, blueprint)
         link = "-" if name == SITE or identity is None else "up" if name in cables else "cut"
         return MachineStatus(

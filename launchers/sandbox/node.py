@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 from launchers.sandbox import boot, network
 from launchers.sandbox.layout import SITE, Blueprint, Layout
@@ -73,9 +74,9 @@ def _start(step: boot.Step, name: str, layout: Layout, running: dict[int, str]) 
         time.sleep(POLL)
     if not (step.once and step.once.exists()):
         with layout.log_of(name, step.name).open("ab") as log, open(step.stdin or os.devnull, "rb") as stdin:
-            settings = {"env": boot.environment(layout) | step.environment, "cwd": layout.root, "umask": 0o022}
+            settings: dict[str, Any] = {"env": boot.environment(layout) | step.environment, "umask": 0o022}
             process = subprocess.Popen(
-                step.argv, stdin=stdin, stdout=log, stderr=log, start_new_session=True, **settings
+                step.argv, cwd=layout.root, stdin=stdin, stdout=log, stderr=log, start_new_session=True, **settings
             )
         if step.answers:
             running[process.pid] = step.name

@@ -64,5 +64,5 @@ def slurm_version() -> tuple[int, int]:
     """Slurm's release as (year, month): (22, 5) for "slurm-wlm 22.05.8"."""
     path = shutil.which("slurmd", path=SYSTEM_PATH) or "slurmd"
     text = subprocess.run([path, "-V"], capture_output=True, text=True, check=True).stdout
-    year, month = re.search(r"(\d+)\.(\d+)", text).groups()
-    return int(year), int(month)
+    release = re.search(r"(\d+)\.(\d+)", text)
+    return (int(release[1]), int(release[2])) if release else (0, 0)

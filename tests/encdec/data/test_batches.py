@@ -16,8 +16,8 @@ from byte_tokenizer import ByteTokenizer
 from encdec.data.collator import UL2DataCollator
 from encdec.data.packing import open_packed
 from encdec.data.sampler import GlobalBatchSampler
-from encdec.denoisers import raw_sample_length
 from encdec.data.ul2_dataset import EvaluationBatches, UL2Dataset, build_dataloader, create_ul2_dataset
+from encdec.denoisers import raw_sample_length
 from encdec.errors import ConfigError
 
 LENGTH = raw_sample_length(96, 96, 512, 100)
