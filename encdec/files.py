@@ -6,6 +6,7 @@ Write to a temporary sibling, fsync, rename, fsync the folder (POSIX rename(2) i
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -75,9 +76,13 @@ def staged_directory(final: Path) -> Iterator[Path]:
 
     Raises:
         FileExistsError: ``final`` came into being meanwhile (its content is left alone).
+        NotADirectoryError: a part of the path above it is a file.
     """
     final = Path(final)
-    final.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(final.parent)) from error
     staging = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".tmp", dir=final.parent))
     try:
         yield staging

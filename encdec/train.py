@@ -15,7 +15,7 @@ from encdec.files import RunPaths
 from encdec.training.execution import TrainingPhase
 from encdec.training.rank import run_rank, run_rank_of_attempt, start_log
 from encdec.training.run_config import RunConfig, require_same_run, resolve_run
-from encdec.training.signals import Requests
+from encdec.training.sharding import require_ranks
 from encdec.training.yaml_values import read_yaml
 
 __all__ = ["main", "run_rank_of_attempt"]
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         output_dir = arguments.output_dir or read_yaml(arguments.config).get("infra", {}).get("output_dir", "output")
         paths = RunPaths(Path(output_dir).absolute())
         run = open_run(arguments, paths)
-        outcome = run_rank(run, paths, Requests(paths).listen(), resume_from=arguments.resume_from)
+        outcome = run_rank(run, paths, resume_from=arguments.resume_from)
     except EncdecError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(error.exit_code)  # at once: the other ranks may wait for this one in a collective
@@ -69,6 +69,7 @@ def open_run(arguments: argparse.Namespace, paths: RunPaths) -> RunConfig:
     world, local_world = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     phase = TrainingPhase(arguments.phase) if arguments.phase else None
     run = resolve_run(phase, config_file=arguments.config, settings=arguments.set, nodes=max(1, world // local_world))
+    require_ranks(run.config.infra)
     if int(os.environ.get("RANK", 0)) == 0:
         if paths.run_yaml.is_file():
             require_same_run(paths, run)

@@ -46,6 +46,10 @@ class NodeJob:
     rendezvous_id: str
     max_restarts: int
     """Restarts in place without a new step between them."""
+    address: str = "localhost"
+    """This node's address as the others see it."""
+    interface: str = "lo"
+    """Network interface that carries the address."""
 
 
 class NodeAgent:
@@ -67,9 +71,12 @@ class NodeAgent:
     def run(self) -> AttemptFacts:
         """Start the ranks and supervise them; returns what is known when they have ended."""
         prepare_environment(self.job)
-        start_forkserver()
         for number in FORWARDED:
             signal.signal(number, self._on_signal)
+        signal.pthread_sigmask(
+            signal.SIG_UNBLOCK, FORWARDED
+        )  # before the forkserver: ranks would inherit a blocked one
+        start_forkserver()
         from launchers.elastic import supervise  # imports torch while the forkserver imports the rest
 
         self._events.write(event("agent_ready", node=self.job.node_rank))
@@ -129,8 +136,9 @@ def prepare_environment(job: NodeJob) -> None:
     # the store that elastic would share keeps stale keys across restarts: gloo then connects to dead ranks and hangs
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # the others are ours
-    if job.nodes == 1:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", job.interface)
+    if job.nodes > 1:
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", job.interface)
 
 
 def start_forkserver() -> None:

@@ -11,6 +11,21 @@ from typing import NoReturn
 from encdec.errors import ConfigError
 from encdec.training.execution import TrainingPhase
 
+SLURM_TIME = re.compile(r"\d+(:[0-5]?\d){0,2}|\d+-\d{1,2}(:[0-5]?\d){0,2}")
+SBATCH_FLAGS = {
+    "time": (
+        "TIME",
+        "time limit of one job: minutes, [hours:]minutes:seconds, or days-hours (default: the partition's)",
+    ),
+    "partition": ("NAME", "partition"),
+    "account": ("NAME", "account"),
+    "qos": ("NAME", "quality of service"),
+    "constraint": ("FEATURES", "features that every node must have"),
+    "reservation": ("NAME", "reservation"),
+    "exclude": ("NODES", "nodes that must not be used"),
+    "cpus-per-task": ("N", "CPUs of each node's one task (default: one a rank and one a data worker)"),
+}
+"""Passed to sbatch as they are, if given."""
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -27,6 +42,13 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError("The command line must be understood", found=message, remedy=remedy)
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Names a default only where there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
+
+
 def parse_submit(argv: list[str] | None) -> argparse.Namespace:
     """Parse and check; nothing is read or written.
 
@@ -36,7 +58,7 @@ def parse_submit(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="python -m launchers.submit",
         description="Plan, package and run one training phase: here, or on a cluster.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Help,
         allow_abbrev=False,
     )
     what = parser.add_argument_group("what")
@@ -68,16 +90,29 @@ def parse_submit(argv: list[str] | None) -> argparse.Namespace:
     )
     where.add_argument("--nodes", type=int, default=1, help="nodes")
     where.add_argument("--gpus-per-node", type=int, help="ranks per node, one a GPU (default: infra.num_gpus)")
+    slurm = parser.add_argument_group("Slurm")
+    for flag, (metavar, text) in SBATCH_FLAGS.items():
+        slurm.add_argument(f"--{flag}", metavar=metavar, help=text)
     how = parser.add_argument_group("how")
     how.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
     how.add_argument(
         "--wait",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="follow the run to its end and exit with its code",
+        default=None,
+        help="follow the run to its end and exit with its code (default: here yes, on Slurm no)",
     )
     arguments = parser.parse_args(argv)
     check(arguments)
+    values = {flag: getattr(arguments, flag.replace("-", "_")) for flag in SBATCH_FLAGS}
+    arguments.sbatch = {flag: value for flag, value in values.items() if value is not None}
+    if arguments.sbatch and arguments.cluster == "local":
+        raise ConfigError(
+            "Slurm's flags are for Slurm",
+            found=f"--{next(iter(arguments.sbatch))} with --cluster local",
+            remedy="Leave one of the two out",
+        )
+    if arguments.sbatch:
+        arguments.cluster = "slurm"
     return arguments
 
 
@@ -90,4 +125,16 @@ def check(arguments: argparse.Namespace) -> None:
             "--name must be letters, digits, '.', '_' and '-', at most 128 of them, starting with a letter or digit",
             found=repr(arguments.name),
             remedy="Use --run-dir for a directory with other characters",
+        )
+    if arguments.cpus_per_task is not None and not re.fullmatch(r"[1-9]\d*", arguments.cpus_per_task):
+        raise ConfigError(
+            "--cpus-per-task must be at least 1",
+            found=repr(arguments.cpus_per_task),
+            remedy="Give it a positive number",
+        )
+    if arguments.time is not None and not SLURM_TIME.fullmatch(arguments.time):
+        raise ConfigError(
+            "--time must be minutes, minutes:seconds, hours:minutes:seconds, days-hours or days-hours:minutes:seconds",
+            found=repr(arguments.time),
+            remedy="Write 90 for an hour and a half, 2-00 for two days",
         )

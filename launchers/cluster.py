@@ -36,8 +36,8 @@ def choose_cluster(asked: str, run: RunConfig) -> tuple[str, str]:
         raise MissingPrerequisite(
             f"{wanted} need a Slurm controller that answers from here",
             found=f"none ({reason})",
-            remedy=f"Log in to a cluster's login node and give the same command; or start a small Slurm on this machine with: "
-            f"{SANDBOX}; or run the tiny configuration here, without Slurm, GPU or hub, with: {HERE}",
+            remedy="Log in to a cluster's login node and give the same command; or start a small Slurm on this machine "
+            f"with: {SANDBOX}; or run the tiny configuration here, without Slurm, GPU or hub, with: {HERE}",
         )
     return "local", f"no Slurm controller answers ({reason})"
 
@@ -48,14 +48,15 @@ def require_devices(run: RunConfig) -> None:
     Raises:
         MissingPrerequisite: fewer GPUs than ranks.
     """
-    if run.config.infra.device != "cuda" or run.nodes > 1:
+    if run.config.infra.device != "cuda":
         return
     found = len(list(Path("/dev").glob("nvidia[0-9]*")))
     if found < run.ranks_per_node:
         raise MissingPrerequisite(
             f"infra.device=cuda with {run.ranks_per_node} ranks needs {run.ranks_per_node} GPUs on this machine",
             found=found,
-            remedy=f"Lower --gpus-per-node, log in where the GPUs are, or run the tiny configuration, which needs none: {HERE}",
+            remedy="Lower --gpus-per-node, log in where the GPUs are, or run the tiny configuration, which needs none: "
+            f"{HERE}",
         )
 
 

@@ -80,6 +80,7 @@ class Supervisor(LocalElasticAgent):
 
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
         self.restarts += 1
+        self._remaining_restarts = UNLIMITED - self.restarts  # counts those that another node's failure began, too
         self._agent.restarting(self.restarts)
         super()._restart_workers(worker_group)
 
@@ -88,7 +89,7 @@ class Supervisor(LocalElasticAgent):
 
 
 def supervise(agent: NodeAgent, entry: RankFunction) -> dict[str, Any] | None:
-    """Run the ranks of this node; what global rank 0 returned, if it ran here and all ranks returned."""
+    """Run the ranks of this node; what they returned (each the same), if all returned."""
     job = agent.job
     rendezvous = RendezvousParameters(
         backend="c10d",
@@ -96,6 +97,8 @@ def supervise(agent: NodeAgent, entry: RankFunction) -> dict[str, Any] | None:
         run_id=job.rendezvous_id,
         min_nodes=job.nodes,
         max_nodes=job.nodes,
+        local_addr=job.address,
+        is_host=job.node_rank == 0,
     )
     spec = WorkerSpec(
         role="rank",
@@ -105,11 +108,11 @@ def supervise(agent: NodeAgent, entry: RankFunction) -> dict[str, Any] | None:
         rdzv_handler=get_rendezvous_handler(rendezvous),
         max_restarts=UNLIMITED,
         monitor_interval=SECONDS_BETWEEN_LOOKS,
-        local_addr="localhost" if job.nodes == 1 else None,
+        local_addr=job.address,
     )
     supervisor = Supervisor(agent, spec, RankLogs(agent.paths.rank_logs(job.node_rank)))
     try:
         result = supervisor.run()
     finally:
         spec.rdzv_handler.shutdown()
-    return result.return_values.get(0) if not result.is_failed() else None
+    return next(iter(result.return_values.values()), None) if not result.is_failed() else None

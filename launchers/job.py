@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
+import signal
 import sys
 from pathlib import Path
 
-import psutil
-
-from encdec.files import RunPaths, atomic_write_json
-from encdec.records import JsonLinesWriter, event
-from encdec.training.run_config import read_run_config
+from encdec.files import AttemptPaths, RunPaths, atomic_write_json
+from encdec.records import JsonLinesWriter, Outcome, event
+from encdec.training.run_config import RunConfig, read_run_config
+from launchers import slurm
 from launchers.agent import NodeAgent, NodeJob
-from launchers.outcomes import judge
+from launchers.allocation import Allocation, head_exit_code, identify_process, read_allocation, take_seat
+from launchers.outcomes import judge, wants_requeue
 
 MAX_FRUITLESS_RESTARTS = 3
 """Restarts in place without a new step before the attempt is given up."""
@@ -31,17 +31,35 @@ class RunPhase:
         self.run_dir = run_dir
 
     def __call__(self) -> int:
-        """Run the attempt to its end; returns its exit code."""
-        return run_attempt(RunPaths(Path(self.run_dir)))
+        """Run the attempt to its end; returns its exit code, which under Slurm becomes the task's own."""
+        code = run_attempt(RunPaths(Path(self.run_dir)))
+        if code and read_allocation(os.environ):
+            raise SystemExit(code)  # submitit would end the task with 0, and Slurm would call the job COMPLETED
+        return code
 
 
 def run_attempt(paths: RunPaths) -> int:
-    """Claim the next attempt number, run it, write its outcome; returns the exit code."""
+    """This node's part of an attempt, from the claim of its number to its outcome; returns the exit code."""
     run = read_run_config(paths)
+    allocation = read_allocation(os.environ)
+    job = slurm_job(run, paths, allocation) if allocation else local_job(run, paths)
+    attempt = paths.attempt(job.attempt)
+    agent = NodeAgent(job, attempt)
+    outcome = judge(agent.run())
+    if job.node_rank > 0:
+        code = head_exit_code(attempt.events("node-0"))
+        return outcome.exit_code if code is None else code
+    atomic_write_json(attempt.outcome, outcome.to_json())
+    again = allocation is not None and wants_requeue(outcome, agent.stop_signal)
+    close(attempt, job, outcome, requeue=allocation.job if allocation and again else None)
+    return outcome.exit_code
+
+
+def local_job(run: RunConfig, paths: RunPaths) -> NodeJob:
+    """Claim the next attempt for this machine alone."""
     number = paths.claim_attempt()
-    attempt = paths.attempt(number)
-    identify_process(attempt.process)
-    job = NodeJob(
+    identify_process(paths.attempt(number).process)
+    return NodeJob(
         run_dir=str(paths.root),
         attempt=number,
         nodes=1,
@@ -51,19 +69,35 @@ def run_attempt(paths: RunPaths) -> int:
         rendezvous_id=f"{run.name}.{number}",
         max_restarts=MAX_FRUITLESS_RESTARTS,
     )
-    outcome = judge(NodeAgent(job, attempt).run())
-    atomic_write_json(attempt.outcome, outcome.to_json())
+
+
+def slurm_job(run: RunConfig, paths: RunPaths, allocation: Allocation) -> NodeJob:
+    """Claim or join the attempt of this start of the Slurm job."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})  # until the agent listens
+    seat = take_seat(allocation, paths)
+    return NodeJob(
+        run_dir=str(paths.root),
+        attempt=seat.attempt,
+        nodes=allocation.nodes,
+        node_rank=allocation.node_rank,
+        ranks=run.ranks_per_node,
+        endpoint=seat.endpoint,
+        rendezvous_id=allocation.start,
+        max_restarts=MAX_FRUITLESS_RESTARTS,
+        address=seat.address,
+        interface=seat.interface,
+    )
+
+
+def close(attempt: AttemptPaths, job: NodeJob, outcome: Outcome, *, requeue: str | None) -> None:
+    """Requeue the Slurm job if it is to go on, then write the ledger's last line, for which the other nodes wait."""
     with JsonLinesWriter(attempt.events("node-0")) as ledger:
+        if requeue:
+            problem = slurm.requeue(requeue)
+            ledger.write(event("requeue_refused" if problem else "requeued", job=requeue, detail=problem))
         ledger.write(
-            event("ended", attempt=number, cause=outcome.cause, exit_code=outcome.exit_code, step=outcome.step)
+            event("ended", attempt=job.attempt, cause=outcome.cause, exit_code=outcome.exit_code, step=outcome.step)
         )
-    return outcome.exit_code
-
-
-def identify_process(path: Path) -> None:
-    """Write which process runs the attempt; a pid alone can be used again, so its creation time goes along."""
-    process = psutil.Process()
-    atomic_write_json(path, {"host": socket.gethostname(), "pid": process.pid, "created": process.create_time()})
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,13 +14,29 @@ import submitit
 
 from encdec.files import RunPaths
 from encdec.training.run_config import RunConfig
+from launchers import show
 from launchers.job import RunPhase
 from launchers.progress import Progress
-from launchers.run_directory import read_status
+from launchers.run_directory import code_environment, note, read_status
 
 MINUTES_PER_YEAR = 365 * 24 * 60
 SECONDS_TO_CLAIM = 60.0
 SECONDS_BETWEEN_LOOKS = 0.1
+
+
+def run_here(paths: RunPaths, run: RunConfig, *, wait: bool) -> int:
+    """Start an attempt unless one runs, and follow it to its end; returns its exit code."""
+    status = read_status(paths)
+    if status.running:
+        show.attached(paths)
+    else:
+        paths.stop_request.unlink(missing_ok=True)  # a request of last time must not stop this attempt
+        note(paths, "submitted", cluster="local", attempt=status.attempts)
+        start(paths, run)
+    if not wait:
+        return show.started(paths)
+    follow(paths, total_steps=run.num_train_steps)
+    return show.summary(paths)
 
 
 def start(paths: RunPaths, run: RunConfig) -> None:
@@ -48,11 +64,10 @@ def identified(paths: RunPaths, attempts_before: int) -> bool:
 
 @contextlib.contextmanager
 def job_environment(paths: RunPaths) -> Iterator[None]:
-    """The snapshot goes before the checkout, and the job does not get the terminal's Ctrl-C (submitit would kill it)."""
+    """The snapshot goes first, and the job does not get the terminal's Ctrl-C (submitit would kill it)."""
     before = dict(os.environ)
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(paths.code), os.environ.get("PYTHONPATH")]))
-    os.environ["PYTHONSAFEPATH"] = "1"  # python -m would put the working directory first
+    os.environ.update(code_environment(paths))
     try:
         yield
     finally:
@@ -62,7 +77,7 @@ def job_environment(paths: RunPaths) -> Iterator[None]:
 
 
 def follow(paths: RunPaths, *, total_steps: int) -> None:
-    """Show progress until the newest attempt has ended. Ctrl-C asks it to save and stop; a second one stops following."""
+    """Show progress until the newest attempt has ended. Ctrl-C asks it to save and stop; another stops following."""
     number = paths.newest_attempt()
     if number is None:
         return

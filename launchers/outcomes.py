@@ -31,6 +31,13 @@ EXIT_CODE_OF_CAUSE = {
 }
 
 
+def wants_requeue(outcome: Outcome, stop_signal: str | None) -> bool:
+    """Whether Slurm is to run the job again. SIGTERM is a user's scancel, which is final, or a preemption, after which
+    Slurm requeues the job itself; None: another node was signalled.
+    """
+    return outcome.cause == "signalled" and stop_signal in ("SIGUSR2", None)
+
+
 def judge(facts: AttemptFacts) -> Outcome:
     """The outcome of an attempt. A refusal goes before everything: it says why the ranks died."""
     if facts.refusal is not None:

@@ -106,6 +106,14 @@ def snapshot_code(target: Path) -> None:
     atomic_write_json(target / "git.json", git_state(Path(encdec.__path__[0]).parent))
 
 
+def code_environment(paths: RunPaths) -> dict[str, str]:
+    """Variables with which a job runs the snapshot, not the checkout."""
+    return {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(paths.code), os.environ.get("PYTHONPATH")])),
+        "PYTHONSAFEPATH": "1",  # python -m would put the working directory first
+    }
+
+
 def git_state(folder: Path) -> dict[str, str | None]:
     """Commit and uncommitted changes of the checkout; None where there is no git."""
 

@@ -77,6 +77,20 @@ def attached(paths: RunPaths) -> None:
     make_console().print(f"attempt {paths.newest_attempt()} is running already; following it")
 
 
+def followed(job: str, paths: RunPaths) -> None:
+    """Say that a Slurm job runs or waits already."""
+    make_console().print(f"job {job} is this run's already; its files are in {paths.root}")
+
+
+def queued(job: str, paths: RunPaths) -> int:
+    """Say that a Slurm job is left alone, and how to follow, see and stop it; exit code 0."""
+    make_console().print(
+        f"job {job}: the same command with --wait follows it, squeue -j {job} shows it, "
+        f"touch {paths.stop_request} saves and stops it; submitted as {paths.root / 'submit.sbatch'}"
+    )
+    return 0
+
+
 def started(paths: RunPaths) -> int:
     """Say that an attempt has been started and is left alone; exit code 0."""
     make_console().print(f"started; the same command follows it, and its files are in {paths.root}")
@@ -95,7 +109,8 @@ def summary_rows(paths: RunPaths, run: RunConfig, outcome: dict[str, Any] | None
         verified = "read back, every digest matches" if outcome["checkpoint_verified"] else "NOT verified"
         rows["checkpoint"] = f"{outcome['checkpoint']}: {verified}"
     rows["directory"] = str(paths.root)
-    rows["logs"] = str(paths.attempt(attempts - 1).rank_logs(0) if attempts else paths.submitit)
+    logs = paths.attempt(attempts - 1).rank_logs(0) if attempts else paths.submitit
+    rows["logs"] = str(logs.parent if attempts and run.nodes > 1 else logs)
     rows["ended"] = outcome["message"] if outcome else f"the job ended without a word; see {paths.submitit}"
     rows["next"] = what_next(paths, outcome)
     return rows

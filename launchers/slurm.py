@@ -1,26 +1,122 @@
-"""The only module that runs Slurm commands or knows their output formats."""
+"""The only module that runs Slurm commands or knows their output formats.
+
+Columns are asked for by name, never as JSON, whose schema changes between releases. Only sbatch is run by submitit.
+"""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
+import time
+from dataclasses import dataclass
 
-CONTROLLER_TIMEOUT_SECONDS = 20
-"""``scontrol ping`` answers in milliseconds; a dead controller takes 4-14 s to be given up."""
+from encdec.errors import EncdecError, MissingPrerequisite
+
+COMMAND_TIMEOUT_SECONDS = 20
+"""Commands answer in milliseconds; a dead controller takes 4-14 s to be given up."""
+REQUEUE_TRIES = 3
+SECONDS_BETWEEN_REQUEUE_TRIES = 5.0
+"""A controller that is down for a moment refuses a requeue with a misleading text."""
+
+UNKNOWN = "UNKNOWN"
+"""Nobody could be asked. The job may live."""
+GONE = "GONE"
+"""The controller answers and has forgotten the job, and accounting knows no end: it lives no more."""
+END_STATES = frozenset(
+    {
+        "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED",
+        "REVOKED", "TIMEOUT", GONE,
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command said."""
+
+    ok: bool
+    out: str
+    problem: str
+    """Its last word if it failed."""
+
+
+def ask(*command: str) -> Answer:
+    """Run one Slurm command in this process's environment; failing is an answer, too."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_SECONDS, check=False)
+    except FileNotFoundError:
+        return Answer(False, "", f"no {command[0]} on PATH")
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Answer(False, "", f"{' '.join(command[:2])} failed ({type(error).__name__})")
+    last_line = (done.stdout + done.stderr).strip().rpartition("\n")[2].strip()
+    return Answer(done.returncode == 0, done.stdout, last_line or f"{' '.join(command[:2])} exited {done.returncode}")
 
 
 def why_no_controller() -> str | None:
     """None if a Slurm controller answers from here, else the reason in a few words."""
-    scontrol = shutil.which("scontrol")
-    if scontrol is None:
+    if shutil.which("scontrol") is None:
         return "no scontrol on PATH"
-    try:
-        answer = subprocess.run(
-            [scontrol, "ping"], capture_output=True, text=True, timeout=CONTROLLER_TIMEOUT_SECONDS, check=False
+    answer = ask("scontrol", "ping")
+    return None if answer.ok and " UP" in answer.out else answer.problem
+
+
+def expand_nodelist(nodelist: str) -> list[str]:
+    """``n[1-3,7]`` -> n1, n2, n3, n7. Computed by scontrol itself; the controller is not asked.
+
+    Raises:
+        MissingPrerequisite: no scontrol here.
+        EncdecError: it cannot read the list.
+    """
+    answer = ask("scontrol", "show", "hostnames", nodelist)
+    if answer.ok and answer.out.split():
+        return answer.out.split()
+    if shutil.which("scontrol") is None:
+        raise MissingPrerequisite(
+            "The nodes of a multi-node job need scontrol to read their node list",
+            found=answer.problem,
+            remedy="Make it visible inside the container, or start one node",
         )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"scontrol ping failed ({type(error).__name__})"
-    if answer.returncode == 0 and " UP" in answer.stdout:
-        return None
-    last_line = (answer.stdout + answer.stderr).strip().rpartition("\n")[2]
-    return last_line.strip() or f"scontrol ping exited {answer.returncode}"
+    raise EncdecError("Slurm's node list must be readable", found=nodelist or "an empty one", remedy="Submit again")
+
+
+def job_state(job: str) -> str:
+    """State of a job in Slurm's words, from the controller or else accounting; GONE or UNKNOWN where both are silent."""
+    answer = ask("squeue", "--noheader", f"--jobs={job}", "--states=all", "--format=%T")
+    state = parse_state(answer.out) if answer.ok else None
+    if state:
+        return state
+    forgotten = answer.ok or "invalid job id" in answer.problem.lower()
+    accounted = parse_state(
+        ask("sacct", "--allocations", "--noheader", "--parsable2", f"--jobs={job}", "--format=State").out
+    )
+    if accounted in END_STATES:
+        return accounted
+    return GONE if forgotten else UNKNOWN  # a job that only accounting calls alive was lost by the controller
+
+
+def parse_state(text: str) -> str | None:
+    """The first state in a listing of one job; None if it is empty. ``CANCELLED by 1000`` is CANCELLED."""
+    words = text.split()
+    return words[0].rstrip("+").upper() if words else None
+
+
+def requeue(job: str) -> str | None:
+    """Have Slurm run the job again after its hold-off; None if it will, else why not.
+
+    Never for a job that a user cancelled: Slurm would bring that one back, too.
+    """
+    problem = None
+    for tries in range(REQUEUE_TRIES):
+        if tries:
+            time.sleep(SECONDS_BETWEEN_REQUEUE_TRIES)
+        answer = ask("scontrol", "requeue", job)
+        if answer.ok:
+            return None
+        problem = answer.problem
+    return problem
+
+
+def refusal(text: str) -> str:
+    """What sbatch said when it refused, as one line."""
+    lines = (line.strip().removeprefix("sbatch: ").removeprefix("error: ") for line in text.splitlines())
+    return "; ".join(line for line in lines if line) or "no reason given"

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 from encdec.errors import EncdecError
 from encdec.files import RunPaths
 from encdec.training.execution import TrainingPhase
 from encdec.training.run_config import RunConfig, require_same_run, resolve_run
-from launchers import show
+from launchers import local, remote, show
 from launchers.arguments import parse_submit
 from launchers.cluster import choose_cluster, require_devices, require_text
-from launchers.local import follow, start
 from launchers.plan import Plan, make_plan
-from launchers.run_directory import make_run_directory, note, read_status
+from launchers.run_directory import make_run_directory, read_status
 
 ROOT = Path("runs")
 
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
         return error.exit_code
 
 
-def submit(arguments) -> int:
+def submit(arguments: Namespace) -> int:
     """Everything that can be refused is refused before anything is written."""
     run = resolve_run(
         TrainingPhase(arguments.phase),
@@ -39,7 +39,8 @@ def submit(arguments) -> int:
         name=arguments.name,
     )
     cluster, why = choose_cluster(arguments.cluster, run)
-    require_devices(run)
+    if cluster == "local":
+        require_devices(run)
     require_text(run)
     paths = RunPaths((arguments.run_dir or ROOT / run.name).absolute())
     if arguments.resume == "never":
@@ -49,26 +50,26 @@ def submit(arguments) -> int:
     if exists:
         require_same_run(paths, run)
     show.plan(plan, continues=exists)
-    return 0 if arguments.dry_run else run_here(paths, run, plan, wait=arguments.wait)
+    return 0 if arguments.dry_run else run_phase(paths, run, plan, arguments)
 
 
-def run_here(paths: RunPaths, run: RunConfig, plan: Plan, *, wait: bool) -> int:
-    """Make the directory unless it is there, start an attempt unless one runs or all is done, and follow it."""
-    if not paths.run_yaml.is_file():
+def run_phase(paths: RunPaths, run: RunConfig, plan: Plan, arguments: Namespace) -> int:
+    """Make the directory unless it is there; start an attempt unless one lives or all is done; follow it if asked."""
+    fresh = not paths.run_yaml.is_file()
+    if fresh:
         make_run_directory(paths, run, plan)
     status = read_status(paths)
     if status.complete:
         return show.summary(paths, already=True)
-    if status.running:
-        show.attached(paths)
+    job = remote.live_job(paths)
+    if status.running or (plan.cluster == "local" and job is None):
+        return local.run_here(paths, run, wait=arguments.wait is not False)
+    if job is None:
+        with remote.removed_if_refused(paths, fresh=fresh):
+            job = remote.start(paths, run, arguments.sbatch)
     else:
-        paths.stop_request.unlink(missing_ok=True)  # a request of last time must not stop this attempt
-        note(paths, "submitted", cluster="local", attempt=status.attempts)
-        start(paths, run)
-    if not wait:
-        return show.started(paths)
-    follow(paths, total_steps=run.num_train_steps)
-    return show.summary(paths)
+        show.followed(job, paths)
+    return remote.follow(paths, job, total_steps=run.num_train_steps) if arguments.wait else show.queued(job, paths)
 
 
 def unused_directory(paths: RunPaths) -> RunPaths:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,11 +30,10 @@ def run_rank_of_attempt(run_dir: str, attempt: int) -> dict[str, Any]:
     An error that is meant for a user is written to the attempt's error.json and ends the process with its exit code.
     """
     paths = RunPaths(Path(run_dir))
-    requests = Requests(paths).listen()
     start_log()
     try:
         run = read_run_config(paths)
-        return run_rank(run, paths, requests, attempt=attempt, expected_world_size=run.world_size)
+        return run_rank(run, paths, attempt=attempt, expected_world_size=run.world_size)
     except EncdecError as error:
         refuse(paths, attempt, error)
 
@@ -41,7 +41,6 @@ def run_rank_of_attempt(run_dir: str, attempt: int) -> dict[str, Any]:
 def run_rank(
     run: RunConfig,
     paths: RunPaths,
-    requests: Requests,
     *,
     attempt: int | None = None,
     expected_world_size: int | None = None,
@@ -54,20 +53,24 @@ def run_rank(
         expected_world_size: ranks asked for; None: ``infra.num_gpus`` on each node that takes part.
         resume_from: a checkpoint folder; None: the newest valid one of the run directory, if there is one.
     """
+    sharding.require_ranks(run.config.infra, expected_world_size)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # a warning that comes this early is sent again by the agent
     sharding.use_even_threads()
     tokenizer, packed = prepare_text(run)
-    device = sharding.start_process_group(run.config.infra, expected_world_size)
+    device = sharding.start_process_group(run.config.infra)
     if attempt is None:
         attempt = distributed.on_rank_zero(paths.claim_attempt)
     model = build_model(run.config, tokenizer)
     if run.phase and run.phase.phase == TrainingPhase.SANITY_CHECK and not paths.sanity_report.exists():
         check_sanity(model, tokenizer, paths)
+    requests = Requests(paths)
     trainer = build_trainer(
         run, paths, attempt=attempt, restart=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
         tokenizer=tokenizer, packed=packed, model=model, device=device, requests=requests,
     )  # fmt: skip
     try:
         trainer.start_from(resume_from)
+        requests.listen()  # not before: until now there is nothing to save, and SIGTERM should simply end this rank
         return finish(run, paths, trainer.train(), trainer)
     finally:
         for observer in trainer.observers:

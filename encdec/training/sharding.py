@@ -24,15 +24,14 @@ from encdec.training.config import InfraConfig, TrainingConfig
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 
-def start_process_group(infra: InfraConfig, expected_world_size: int | None) -> torch.device:
-    """Join the process group that the launcher's environment describes; returns this rank's device.
+def require_ranks(infra: InfraConfig, expected_world_size: int | None = None) -> None:
+    """Compare the launcher's environment with what was asked for, before anything is written or joined.
 
     Args:
         expected_world_size: ranks asked for in all, or None to expect ``infra.num_gpus`` on each node.
 
     Raises:
         ShardingError: the environment describes another number of ranks, or another engine.
-        MissingPrerequisite: infra.device is cuda and this rank has no GPU.
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -50,6 +49,14 @@ def start_process_group(infra: InfraConfig, expected_world_size: int | None) -> 
             found=f"DeepSpeed from accelerate, infra.distributed_type={infra.distributed_type}",
             remedy="Start with --config_file configs/accelerate_fsdp2.yaml",
         )
+
+
+def start_process_group(infra: InfraConfig) -> torch.device:
+    """Join the process group that the launcher's environment describes; returns this rank's device.
+
+    Raises:
+        MissingPrerequisite: infra.device is cuda and this rank has no GPU.
+    """
     device = _own_device(infra)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
