@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import os
 import signal
 import time
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from launchers.elastic import Supervisor
 
 RankFunction = Callable[[str, int], dict[str, Any]]
-PRELOAD = ["launchers.preload", "encdec.training.rank"]
+PRELOAD = ["launchers.preload"]
 FORWARDED = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SECONDS_BETWEEN_FORWARDS = 1.0
 SECONDS_BETWEEN_HEARTBEATS = 10.0
@@ -71,11 +72,10 @@ class NodeAgent:
     def run(self) -> AttemptFacts:
         """Start the ranks and supervise them; returns what is known when they have ended."""
         prepare_environment(self.job)
+        start_resource_tracker()
         for number in FORWARDED:
             signal.signal(number, self._on_signal)
-        signal.pthread_sigmask(
-            signal.SIG_UNBLOCK, FORWARDED
-        )  # before the forkserver: ranks would inherit a blocked one
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)  # ranks would inherit a blocked one
         start_forkserver()
         from launchers.elastic import supervise  # imports torch while the forkserver imports the rest
 
@@ -139,6 +139,12 @@ def prepare_environment(job: NodeJob) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", job.interface)
     if job.nodes > 1:
         os.environ.setdefault("NCCL_SOCKET_IFNAME", job.interface)
+
+
+def start_resource_tracker() -> None:
+    """Start multiprocessing's helper with the warning signal blocked: it may reach all processes of a job."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+    multiprocessing.resource_tracker.ensure_running()
 
 
 def start_forkserver() -> None:

@@ -1,10 +1,19 @@
-"""Loaded first by the forkserver, so that every rank starts with its imports done.
+"""Loaded once by the forkserver, so that every rank, and every restarted one, starts with its imports done.
 
 A cluster's warning signal reaches the helper processes too and would kill those without a handler: they ignore it.
-Ranks start with it ignored and install their own handler at once.
+Ranks start with it ignored and install their own handler when there is something to save.
 """
 
+import gc
 import signal
 
 signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+gc.disable()  # what is imported stays: looking for garbage among it costs a tenth of the time
+import submitit.core.submission  # noqa: E402, F401 - a forked rank imports its parent's main module
+
+import encdec.training.rank  # noqa: E402, F401
+
+gc.freeze()  # and keeps the pages that forks share from being touched by their collectors
+gc.enable()

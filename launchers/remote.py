@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import shlex
@@ -64,7 +65,7 @@ def start(paths: RunPaths, run: RunConfig, flags: Mapping[str, str]) -> str:
     executor.update_parameters(**sbatch_parameters(paths, run, flags))
     before = set(paths.submitit.iterdir())
     try:
-        with outside_any_job():
+        with outside_any_job(), contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it also raises
             job = executor.submit(RunPhase(str(paths.root)))
     except FailedJobError as error:
         for leftover in set(paths.submitit.iterdir()) - before:
@@ -72,8 +73,8 @@ def start(paths: RunPaths, run: RunConfig, flags: Mapping[str, str]) -> str:
         raise ConfigError(
             "Slurm must accept the job",
             found=slurm.refusal(str(error)),
-            remedy="Nothing is queued; correct the flag it names (sinfo shows partitions, limits, nodes and GPUs), then "
-            "give the same command again",
+            remedy="Nothing is queued; correct the flag it names (sinfo shows partitions, limits, nodes and GPUs), and "
+            "give the command again",
         ) from None
     atomic_write_json(job_record(paths), {"job": job.job_id, "submitted": time.time()})
     atomic_write_text(paths.root / "submit.sbatch", job.paths.submission_file.read_text())

@@ -80,7 +80,7 @@ def expand_nodelist(nodelist: str) -> list[str]:
 
 
 def job_state(job: str) -> str:
-    """State of a job in Slurm's words, from the controller or else accounting; GONE or UNKNOWN where both are silent."""
+    """State of a job in Slurm's words, from the controller or else accounting; GONE or UNKNOWN if both are silent."""
     answer = ask("squeue", "--noheader", f"--jobs={job}", "--states=all", "--format=%T")
     state = parse_state(answer.out) if answer.ok else None
     if state:

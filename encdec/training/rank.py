@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
+import encdec
 from encdec import distributed
 from encdec.errors import EncdecError
 from encdec.files import RunPaths, atomic_write_json
@@ -91,3 +92,4 @@ def start_log() -> None:
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr, force=True)
     logging.captureWarnings(True)
+    log.info("code: %s", Path(encdec.__file__).parent)

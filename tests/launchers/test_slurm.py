@@ -1,0 +1,159 @@
+"""What Slurm's commands print, as Slurm 22.05 printed it, and what we make of it. Scripts play the commands."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from encdec.errors import ConfigError, EncdecError, MissingPrerequisite
+from encdec.records import Outcome
+from launchers import slurm
+from launchers.allocation import address_towards, free_port, interface_of, read_allocation
+from launchers.arguments import parse_submit
+from launchers.outcomes import wants_requeue
+
+UNREACHABLE = "slurm_load_jobs error: Unable to contact slurm controller (connect failure)"
+FORGOTTEN = "slurm_load_jobs error: Invalid job id specified"
+
+
+class Play:
+    """Puts scripts on PATH that answer as the recorded command did."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, command: str, out: str = "", err: str = "", code: int = 0) -> None:
+        script = self.folder / command
+        echo = f"printf %s {shlex.quote(out)}; printf %s {shlex.quote(err)} >&2"
+        script.write_text(f'#!/bin/sh\necho "$@" >> {self.folder}/{command}.calls\n{echo}\nexit {code}\n')
+        script.chmod(0o755)
+
+    def calls(self, command: str) -> list[str]:
+        path = self.folder / f"{command}.calls"
+        return path.read_text().splitlines() if path.exists() else []
+
+
+@pytest.fixture
+def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Play:
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
+    for command in ("squeue", "sacct", "scontrol"):  # whatever the machine has installed
+        Play(tmp_path)(command, err=UNREACHABLE, code=1)
+    monkeypatch.setattr(slurm, "SECONDS_BETWEEN_REQUEUE_TRIES", 0.0)
+    return Play(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("squeue", "sacct", "state"),
+    [
+        (("RUNNING\n", "", 0), ("", "", 0), "RUNNING"),
+        (("CANCELLED\n", "", 0), ("", "", 0), "CANCELLED"),
+        (("", FORGOTTEN, 1), ("CANCELLED by 0\n", "", 0), "CANCELLED"),
+        (("", FORGOTTEN, 1), ("OUT_OF_MEMORY\n", "", 0), "OUT_OF_MEMORY"),
+        (("", FORGOTTEN, 1), ("", "", 0), slurm.GONE),
+        (("", FORGOTTEN, 1), ("RUNNING\n", "", 0), slurm.GONE),  # lost by a controller that crashed
+        (("", FORGOTTEN, 1), ("", "Slurm accounting storage is disabled", 1), slurm.GONE),
+        (("", UNREACHABLE, 1), ("COMPLETED\n", "", 0), "COMPLETED"),
+        (("", UNREACHABLE, 1), ("PENDING\n", "", 0), slurm.UNKNOWN),
+        (("", UNREACHABLE, 1), ("", "", 1), slurm.UNKNOWN),
+    ],
+)
+def test_job_state_comes_from_the_controller_then_from_accounting(play: Play, squeue, sacct, state: str):
+    play("squeue", *squeue)
+    play("sacct", *sacct)
+    assert slurm.job_state("12") == state
+    assert play.calls("squeue") == ["--noheader --jobs=12 --states=all --format=%T"]
+
+
+def test_nobody_to_ask_is_no_end():
+    assert slurm.UNKNOWN not in slurm.END_STATES
+    assert slurm.parse_state("CANCELLED+\n") == "CANCELLED"
+    assert slurm.parse_state(" \n") is None
+
+
+def test_controller_that_answers_and_one_that_does_not(play: Play):
+    play("scontrol", "Slurmctld(primary) at ctl is UP\n")
+    assert slurm.why_no_controller() is None
+    play("scontrol", "Slurmctld(primary) at ctl is DOWN\n", code=1)
+    assert slurm.why_no_controller() == "Slurmctld(primary) at ctl is DOWN"
+
+
+def test_node_lists_are_expanded_by_scontrol(play: Play, monkeypatch: pytest.MonkeyPatch):
+    play("scontrol", "n1\nn2\nn3\nn10\ngpu-a01\ngpu-a02\n")
+    assert slurm.expand_nodelist("n[1-3,10],gpu-a[01-02]") == ["n1", "n2", "n3", "n10", "gpu-a01", "gpu-a02"]
+    play("scontrol")
+    with pytest.raises(EncdecError):
+        slurm.expand_nodelist("")
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with pytest.raises(MissingPrerequisite, match="no scontrol on PATH"):
+        slurm.expand_nodelist("n[1-2]")
+
+
+def test_requeue_is_tried_again_and_tells_why_not(play: Play):
+    play("scontrol", err="Invalid job id specified for job 99999\n", code=1)
+    assert slurm.requeue("99999") == "Invalid job id specified for job 99999"
+    assert play.calls("scontrol") == ["requeue 99999"] * slurm.REQUEUE_TRIES
+    play("scontrol")
+    assert slurm.requeue("12") is None
+
+
+def test_refusal_is_one_line():
+    said = "sbatch: error: invalid partition specified: nope\n"
+    said += "sbatch: error: Batch job submission failed: Invalid partition name specified\n"
+    words = "invalid partition specified: nope; Batch job submission failed: Invalid partition name specified"
+    assert slurm.refusal(said) == words
+    assert slurm.refusal("") == "no reason given"
+
+
+@pytest.mark.parametrize(
+    ("cause", "stop_signal", "again"),
+    [
+        ("signalled", "SIGUSR2", True),
+        ("signalled", None, True),  # another node was signalled
+        ("signalled", "SIGTERM", False),  # scancel: Slurm would bring the job back
+        ("stop_requested", None, False),
+        ("complete", "SIGUSR2", False),
+        ("crash", "SIGUSR2", False),
+    ],
+)
+def test_only_a_warned_job_is_requeued(cause: str, stop_signal: str | None, again: bool):
+    outcome = Outcome(cause=cause, exit_code=75, step=1, checkpoint=None, message="")
+    assert wants_requeue(outcome, stop_signal) is again
+
+
+TASK = {
+    "SLURM_JOB_ID": "12", "SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NODEID": "1", "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_JOB_NUM_NODES": "3", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_JOB_NODELIST": "n[1-3]",
+}  # fmt: skip
+
+
+def test_each_start_of_a_job_has_its_own_name():
+    first, second = read_allocation(TASK), read_allocation(TASK | {"SLURM_RESTART_COUNT": "1"})
+    assert first and second
+    assert (first.start, second.start) == ("12.0.0", "12.1.0")
+    assert (first.nodes, first.node_rank, first.nodelist) == (2, 1, "n[1-2]")
+
+
+def test_local_attempt_inside_a_slurm_job_stays_local():
+    assert read_allocation(TASK | {"SUBMITIT_EXECUTOR": "local"}) is None
+    assert read_allocation({"SLURM_JOB_ID": "12"}) is None
+
+
+def test_loopback_is_no_meeting_place():
+    with pytest.raises(EncdecError, match="GLOO_SOCKET_IFNAME"):
+        interface_of(address_towards("localhost"))
+
+
+def test_jobs_of_one_node_look_at_different_ports():
+    assert free_port(12) != free_port(13)
+
+
+def test_slurm_flags_are_passed_on_and_ask_for_slurm():
+    arguments = parse_submit(["--phase", "medium", "--time", "1-12:30", "--qos", "long"])
+    assert arguments.sbatch == {"time": "1-12:30", "qos": "long"}
+    assert arguments.cluster == "slurm"
+    assert parse_submit(["--phase", "medium"]).wait is None
+    for wrong in (["--time", "soon"], ["--cpus-per-task", "0"], ["--cluster", "local", "--partition", "main"]):
+        with pytest.raises(ConfigError):
+            parse_submit(["--phase", "medium", *wrong])
