@@ -73,7 +73,9 @@ def require_text(run: RunConfig) -> None:
     candidates = [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []
     files = [file for file in candidates if file.suffix in TEXT_SUFFIXES and file.is_file()]
     if not any(has_text(file) for file in files):
-        found = "no such path" if not path.exists() else f"{len(files)} such files" + (", all empty" if files else "")
+        found = (
+            "no such path" if not path.exists() else f"none in {len(files)} such files" if files else "no such files"
+        )
         raise DataError(
             f"data.dataset_name={name} must hold {', '.join(TEXT_SUFFIXES)} files with text",
             found=found,

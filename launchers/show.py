@@ -41,8 +41,8 @@ def plan(plan: Plan, *, continues: bool) -> None:
                 "where": f"{plan.cluster}: {plan.why_cluster}",
                 "ranks": f"{plan.nodes} node(s) x {plan.ranks_per_node} {plan.device} rank(s), {plan.sharding}",
                 "batch": f"{plan.global_batch_size} samples x {plan.sample_length} tokens = {plan.tokens_per_step:,} "
-                f"tokens a step ({plan.micro_batch_size} a micro-batch x {plan.gradient_accumulation_steps} accumulated "
-                f"x {ranks} ranks)",
+                f"tokens a step ({plan.micro_batch_size} a micro-batch x {plan.gradient_accumulation_steps} "
+                f"accumulated x {ranks} ranks)",
                 "steps": f"{plan.num_train_steps:,}, {plan.tokens:,} tokens: {plan.bound_by} bind, "
                 f"{other} would allow {spare:,} steps",
                 "schedule": f"peak learning rate {plan.learning_rate:g}, {plan.warmup_steps} warm-up steps",

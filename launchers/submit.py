@@ -49,15 +49,15 @@ def submit(arguments: Namespace) -> int:
     exists = paths.root.exists() and any(paths.root.iterdir())
     if exists:
         require_same_run(paths, run)
-    show.plan(plan, continues=exists)
-    return 0 if arguments.dry_run else run_phase(paths, run, plan, arguments)
-
-
-def run_phase(paths: RunPaths, run: RunConfig, plan: Plan, arguments: Namespace) -> int:
-    """Make the directory unless it is there; start an attempt unless one lives or all is done; follow it if asked."""
-    fresh = not paths.run_yaml.is_file()
+    fresh = not (arguments.dry_run or paths.run_yaml.is_file())
     if fresh:
         make_run_directory(paths, run, plan)
+    show.plan(plan, continues=exists)
+    return 0 if arguments.dry_run else run_phase(paths, run, plan, arguments, fresh=fresh)
+
+
+def run_phase(paths: RunPaths, run: RunConfig, plan: Plan, arguments: Namespace, *, fresh: bool) -> int:
+    """Start an attempt unless one lives or all is done; follow it if asked. A fresh directory goes if Slurm refuses."""
     status = read_status(paths)
     if status.complete:
         return show.summary(paths, already=True)

@@ -90,6 +90,8 @@ def test_warned_job_saves_requeues_and_computes_no_step_twice(
     job = cluster.queue(paths)
     wait_for_step(paths, 10)
     cluster.sandbox.run("scancel", "--signal=USR2", job)
+    eventually(lambda: cluster.sandbox.run("squeue", "-h", "-j", job, "-o", "%T") == "PENDING\n", 20)
+    cluster.sandbox.run("scontrol", "update", f"jobid={job}", "starttime=now")  # spares the hold-off
     code, output = cluster.submit(paths, "--wait")  # the same command finds the job and follows it
     assert code == 0, output
     assert f"job {job} is this run's already" in output
