@@ -83,7 +83,11 @@ def start(peer: str, root: Path, packed: Path, *settings: str, ranks: int = 2) -
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     began = time.time()
     process = subprocess.Popen(
-        [*commands[peer], *shared], cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [*commands[peer], *shared],
+        cwd=REPOSITORY,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     return Start(process, RunPaths(root), began)
 

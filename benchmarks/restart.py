@@ -1,6 +1,6 @@
 """SIGKILL of a rank -> next new step: our agent against ``torchrun --max-restarts``, on the same program, in turns.
 
-    python -m benchmarks.restart --kills 30
+python -m benchmarks.restart --kills 30
 """
 
 from __future__ import annotations

@@ -13,44 +13,18 @@ import multiprocessing.resource_tracker
 import os
 import signal
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING, Any
 
 from encdec.files import AttemptPaths
 from encdec.records import JsonLinesWriter, event, read_json_lines
+from launchers.node import NodeJob, RankGroup
 from launchers.outcomes import AttemptFacts
 from launchers.rank import run_rank
 
-if TYPE_CHECKING:
-    from launchers.elastic import Supervisor
-
-RankFunction = Callable[[str, int], dict[str, Any]]
 PRELOAD = ["launchers.preload"]
 FORWARDED = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SECONDS_BETWEEN_FORWARDS = 1.0
 SECONDS_BETWEEN_HEARTBEATS = 10.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class NodeJob:
-    """What one node is to run."""
-
-    run_dir: str
-    attempt: int
-    nodes: int
-    node_rank: int
-    ranks: int
-    endpoint: str
-    """host:port of the rendezvous; port 0 on one node: any free one."""
-    rendezvous_id: str
-    max_restarts: int
-    """Restarts in place without a new step between them."""
-    address: str = "localhost"
-    """This node's address as the others see it."""
-    interface: str = "lo"
-    """Network interface that carries the address."""
 
 
 class NodeAgent:
@@ -66,7 +40,7 @@ class NodeAgent:
         self.failures: list[str] = []
         self.stop_signal: str | None = None
         self._events = JsonLinesWriter(paths.events(f"node-{job.node_rank}"))
-        self._supervisor: Supervisor | None = None
+        self._group: RankGroup | None = None
         self._next_forward = self._next_heartbeat = 0.0
 
     def run(self) -> AttemptFacts:
@@ -81,19 +55,19 @@ class NodeAgent:
 
         self._events.write(event("agent_ready", node=self.job.node_rank))
         try:
-            returned = supervise(self, run_rank)
+            returned = supervise(self, run_rank, self.paths.rank_logs(self.job.node_rank))
         finally:
             self._events.close()
         refusal = json.loads(self.paths.error.read_text()) if self.paths.error.is_file() else None
-        restarts = self._supervisor.restarts if self._supervisor else 0
+        restarts = self._group.restarts if self._group else 0
         return AttemptFacts(
             returned=returned, refusal=refusal, failures=self.failures, restarts=restarts, last_step=self.last_step()
         )
 
-    def adopt(self, supervisor: Supervisor) -> None:
-        self._supervisor = supervisor
+    # ---- what the group of ranks asks and tells (launchers.node.Watcher)
 
-    # ---- what the supervisor asks and tells
+    def adopt(self, group: RankGroup) -> None:
+        self._group = group
 
     def may_restart(self) -> bool:
         """Not after a stop was asked for, nor after a rank refused to run."""
@@ -103,7 +77,10 @@ class NodeAgent:
         """Highest step any rank 0 of this attempt has recorded."""
         return max((int(record["step"]) for record in read_json_lines(self.paths.steps)), default=0)
 
-    def rank_failed(self, line: str) -> None:
+    def rank_failed(self, rank: int, exit_code: int, restart: int) -> None:
+        name = f" by {signal.Signals(-exit_code).name}" if exit_code < 0 else ""
+        log = self.paths.rank_logs(self.job.node_rank) / f"rank-{rank}.restart-{restart}.err"
+        line = f"rank {rank} ended with exit code {exit_code}{name}, see {log}"
         self.failures.append(line)
         self._events.write(event("rank_failed", detail=line))
 
@@ -111,7 +88,6 @@ class NodeAgent:
         self._events.write(event("restarting", restart=count))
 
     def tick(self) -> None:
-        """Called at every look at the ranks (some 20 times a second)."""
         now = time.monotonic()
         if now >= self._next_heartbeat:
             self._next_heartbeat = now + SECONDS_BETWEEN_HEARTBEATS
@@ -124,7 +100,7 @@ class NodeAgent:
         self.stop_signal = signal.Signals(number).name
 
     def _forward(self) -> None:
-        for pid in self._supervisor.pids() if self._supervisor else ():
+        for pid in self._group.pids() if self._group else ():
             try:
                 os.kill(pid, signal.SIGUSR2)
             except ProcessLookupError:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import signal
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -11,10 +12,7 @@ from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from launchers.agent import NodeAgent, RankFunction
+from launchers.node import RankFunction, Watcher
 
 SECONDS_BETWEEN_LOOKS = 0.05
 UNLIMITED = 2**31 - 1
@@ -48,7 +46,7 @@ class Supervisor(LocalElasticAgent):
     after ``max_restarts`` restarts without a new step, or when its node agent says so.
     """
 
-    def __init__(self, agent: NodeAgent, spec: WorkerSpec, logs: LogsSpecs) -> None:
+    def __init__(self, agent: Watcher, spec: WorkerSpec, logs: LogsSpecs) -> None:
         super().__init__(spec, logs, start_method="forkserver", shutdown_timeout=10)
         self._agent = agent
         self._best_step = 0
@@ -69,9 +67,7 @@ class Supervisor(LocalElasticAgent):
 
     def _on_failure(self, result: RunResult) -> None:
         for rank, failure in sorted(result.failures.items()):
-            name = f" by {signal.Signals(-failure.exitcode).name}" if failure.exitcode < 0 else ""
-            log = self._agent.paths.rank_logs(self._agent.job.node_rank) / f"rank-{rank}.restart-{self.restarts}.err"
-            self._agent.rank_failed(f"rank {rank} ended with exit code {failure.exitcode}{name}, see {log}")
+            self._agent.rank_failed(rank, failure.exitcode, self.restarts)
         step = self._agent.last_step()
         self._fruitless = 0 if step > self._best_step else self._fruitless + 1
         self._best_step = max(step, self._best_step)
@@ -88,8 +84,8 @@ class Supervisor(LocalElasticAgent):
         self._shutdown(death_sig=signal.SIGKILL)
 
 
-def supervise(agent: NodeAgent, entry: RankFunction) -> dict[str, Any] | None:
-    """Run the ranks of this node; what they returned (each the same), if all returned."""
+def supervise(agent: Watcher, entry: RankFunction, logs: Path) -> dict[str, Any] | None:
+    """Run the ranks of this node, their output under ``logs``; what they returned (each the same), if all returned."""
     job = agent.job
     rendezvous = RendezvousParameters(
         backend="c10d",
@@ -110,7 +106,7 @@ def supervise(agent: NodeAgent, entry: RankFunction) -> dict[str, Any] | None:
         monitor_interval=SECONDS_BETWEEN_LOOKS,
         local_addr=job.address,
     )
-    supervisor = Supervisor(agent, spec, RankLogs(agent.paths.rank_logs(job.node_rank)))
+    supervisor = Supervisor(agent, spec, RankLogs(logs))
     try:
         result = supervisor.run()
     finally:

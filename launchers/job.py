@@ -12,8 +12,9 @@ from encdec.files import AttemptPaths, RunPaths, atomic_write_json
 from encdec.records import JsonLinesWriter, Outcome, event
 from encdec.training.run_config import RunConfig, read_run_config
 from launchers import slurm
-from launchers.agent import NodeAgent, NodeJob
+from launchers.agent import NodeAgent
 from launchers.allocation import Allocation, head_exit_code, identify_process, read_allocation, take_seat
+from launchers.node import NodeJob
 from launchers.outcomes import judge, wants_requeue
 
 MAX_FRUITLESS_RESTARTS = 3

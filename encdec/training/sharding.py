@@ -84,9 +84,13 @@ def _own_device(infra: InfraConfig) -> torch.device:
 
 
 def use_even_threads() -> None:
-    """Share the processor cores evenly among the node's ranks, whatever OMP_NUM_THREADS a launcher chose."""
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+    """Share the processor cores evenly among the node's ranks, whatever OMP_NUM_THREADS a launcher chose.
+
+    Slurm may allot fewer cores than it binds a task to; more threads than cores would spin against each other.
+    """
+    cores = len(os.sched_getaffinity(0))
+    cores = min(cores, int(os.environ.get("SLURM_CPUS_PER_TASK", cores)))
+    torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def compute_dtype(training: TrainingConfig, device: torch.device) -> torch.dtype:

@@ -1,0 +1,64 @@
+"""What one node is to run, and how its agent and the group of its ranks speak to each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+RankFunction = Callable[[str, int], dict[str, Any]]
+"""(run directory, attempt) -> the facts of the outcome."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeJob:
+    """One node's part of an attempt."""
+
+    run_dir: str
+    attempt: int
+    nodes: int
+    node_rank: int
+    ranks: int
+    endpoint: str
+    """host:port of the rendezvous; port 0 on one node: any free one."""
+    rendezvous_id: str
+    max_restarts: int
+    """Restarts in place without a new step between them."""
+    address: str = "localhost"
+    """This node's address as the others see it."""
+    interface: str = "lo"
+    """Network interface that carries the address."""
+
+
+class RankGroup(Protocol):
+    """The ranks of one node, as their agent sees them."""
+
+    restarts: int
+    """Times the ranks were started again so far."""
+
+    def pids(self) -> list[int]:
+        """Process ids of the ranks that run now."""
+
+
+class Watcher(Protocol):
+    """The agent, as the group of its ranks sees it."""
+
+    job: NodeJob
+
+    def adopt(self, group: RankGroup) -> None:
+        """The group is there."""
+
+    def tick(self) -> None:
+        """Called at every look at the ranks (some 20 times a second)."""
+
+    def may_restart(self) -> bool:
+        """Whether a failed group may be started again."""
+
+    def last_step(self) -> int:
+        """Highest step recorded so far."""
+
+    def rank_failed(self, rank: int, exit_code: int, restart: int) -> None:
+        """A rank has ended badly; a negative exit code is the number of a signal."""
+
+    def restarting(self, count: int) -> None:
+        """The ranks are about to be started for the ``count``-th time again."""
