@@ -80,7 +80,8 @@ def start(peer: str, root: Path, packed: Path, *settings: str, ranks: int = 2) -
             "-m", "encdec.train", "--output_dir", str(root),
         ],
     }  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # without the second setting torchrun's restarted ranks find the dead ones' keys in a shared store, and can hang
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     began = time.time()
     process = subprocess.Popen(
         [*commands[peer], *shared],

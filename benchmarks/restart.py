@@ -8,13 +8,19 @@ from __future__ import annotations
 import argparse
 import random
 import signal
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 from benchmarks.peers import PEERS, Start, emit, percentile, start, wait_for_step
 
-SETTINGS = ("training.num_train_steps=1000000", "training.total_tokens=1000000000000", "training.save_steps=2")
+SETTINGS = (
+    "training.num_train_steps=1000000",
+    "training.total_tokens=1000000000000",
+    "training.save_steps=1",  # so that the time is the restart's, not that of steps computed again
+    "training.eval_samples=0",
+)
 STEPS_BETWEEN_KILLS = 6
 
 
@@ -41,7 +47,9 @@ def main(argv: list[str] | None = None) -> None:
             run = start(peer, Path(folder, peer), Path(folder, "packed"), *SETTINGS)
             try:
                 wait_for_step(run, 1)
-                seconds[peer] = [kill_and_time(run, choose) for _ in range(arguments.kills)]
+                for kill in range(arguments.kills):
+                    seconds[peer].append(kill_and_time(run, choose))
+                    print(f"{peer}: kill {kill + 1}/{arguments.kills}: {seconds[peer][-1]:.2f} s", file=sys.stderr)
             finally:
                 run.end()
     p50 = {peer: percentile(seconds[peer], 50) for peer in PEERS}

@@ -14,6 +14,7 @@ import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
@@ -68,8 +69,13 @@ class Corpus:
     def fingerprint(self) -> str:
         """64 hex digits that change when settings or files do (files count by path, size and time of change).
 
-        A hub dataset counts by its settings only: a node without network must be able to find what was packed.
+        A hub dataset counts by its settings only: a node without network must be able to find what was packed. Files
+        are looked at once; a corpus opened anew looks again.
         """
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         digest = blake3(json.dumps([self.settings, self.max_examples], sort_keys=True).encode())
         for line in self.evidence():
             digest.update(line.encode() + b"\n")

@@ -57,8 +57,10 @@ def run_rank(
     sharding.require_ranks(run.config.infra, expected_world_size)
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # a warning that comes this early is sent again by the agent
     sharding.use_even_threads()
+    store = sharding.open_store()
     tokenizer, packed = prepare_text(run)
     device = sharding.start_process_group(run.config.infra)
+    del store  # the process group has its own reference now
     if attempt is None:
         attempt = distributed.on_rank_zero(paths.claim_attempt)
     model = build_model(run.config, tokenizer)

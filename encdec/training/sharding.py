@@ -51,6 +51,24 @@ def require_ranks(infra: InfraConfig, expected_world_size: int | None = None) ->
         )
 
 
+def open_store() -> dist.TCPStore | None:
+    """Rank 0 listens from its first moment, where no launcher keeps the store; ``start_process_group`` shares it.
+
+    A rank that finds nobody listening waits about a second before it tries again.
+    """
+    environment = os.environ
+    if environment.get("RANK") != "0" or environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return None
+    return dist.TCPStore(
+        environment["MASTER_ADDR"],
+        int(environment["MASTER_PORT"]),
+        int(environment["WORLD_SIZE"]),
+        is_master=True,
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
+
+
 def start_process_group(infra: InfraConfig) -> torch.device:
     """Join the process group that the launcher's environment describes; returns this rank's device.
 
