@@ -18,7 +18,7 @@ from benchmarks.peers import PEERS, Start, emit, percentile, start, wait_for_ste
 SETTINGS = (
     "training.num_train_steps=1000000",
     "training.total_tokens=1000000000000",
-    "training.save_steps=1",  # so that the time is the restart's, not that of steps computed again
+    "training.save_steps=5",
     "training.eval_samples=0",
 )
 STEPS_BETWEEN_KILLS = 6

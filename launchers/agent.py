@@ -1,15 +1,12 @@
 """One agent per node: rendezvous, rank processes, signals, heartbeats. Torch elastic, used as a library.
 
-The forkserver loads torch and transformers once, while this process is still importing torch elastic; ranks and
-restarted ranks are forks of it.
+Ranks and restarted ranks are forks of the forkserver, which loads torch and transformers once, while this process is
+still importing torch elastic.
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
-import multiprocessing.forkserver
-import multiprocessing.resource_tracker
 import os
 import signal
 import time
@@ -21,7 +18,6 @@ from launchers.node import NodeJob, RankGroup
 from launchers.outcomes import AttemptFacts
 from launchers.rank import run_rank
 
-PRELOAD = ["launchers.preload"]
 FORWARDED = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SECONDS_BETWEEN_FORWARDS = 1.0
 SECONDS_BETWEEN_HEARTBEATS = 10.0
@@ -45,12 +41,10 @@ class NodeAgent:
 
     def run(self) -> AttemptFacts:
         """Start the ranks and supervise them; returns what is known when they have ended."""
-        prepare_environment(self.job)
-        start_resource_tracker()
+        prepare_environment()
         for number in FORWARDED:
             signal.signal(number, self._on_signal)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)  # ranks would inherit a blocked one
-        start_forkserver()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
         from launchers.elastic import supervise  # imports torch while the forkserver imports the rest
 
         self._events.write(event("agent_ready", node=self.job.node_rank))
@@ -107,23 +101,8 @@ class NodeAgent:
                 continue
 
 
-def prepare_environment(job: NodeJob) -> None:
-    """Settings that torch reads from the environment, for this process and the ranks."""
+def prepare_environment() -> None:
+    """Settings that torch elastic reads from the environment. Those of the ranks go through ``run_rank``."""
     # the store that elastic would share keeps stale keys across restarts: gloo then connects to dead ranks and hangs
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # the others are ours
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", job.interface)
-    if job.nodes > 1:
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", job.interface)
-
-
-def start_resource_tracker() -> None:
-    """Start multiprocessing's helper with the warning signal blocked: it may reach all processes of a job."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
-    multiprocessing.resource_tracker.ensure_running()
-
-
-def start_forkserver() -> None:
-    """Start the process that ranks are forked from; it imports in parallel with this one."""
-    multiprocessing.set_forkserver_preload(PRELOAD)
-    multiprocessing.forkserver.ensure_running()

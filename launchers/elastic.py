@@ -89,8 +89,8 @@ class Supervisor(LocalElasticAgent):
 def spare_telemetry() -> None:
     """Two habits of torch that cost more than the restart they accompany.
 
-    Its log formatter imports torch._dynamo for the first line, the one that says that a rank has died: 1-2 s. Each of the
-    rendezvous's events looks up its own method's name with ``inspect.stack``, source lines and all: 0.3 s a restart.
+    Its log formatter imports torch._dynamo for the first line, the one that says that a rank has died: 1-2 s. Each of
+    the rendezvous's events looks up its own method's name with ``inspect.stack``, source and all: 0.3 s a restart.
     """
     for name in [None, *logging.root.manager.loggerDict]:
         for handler in logging.getLogger(name).handlers:
@@ -116,7 +116,7 @@ def supervise(agent: Watcher, entry: RankFunction, logs: Path) -> dict[str, Any]
         role="rank",
         local_world_size=job.ranks,
         entrypoint=entry,
-        args=(job.run_dir, job.attempt),
+        args=(job.run_dir, job.attempt, job.interface),
         rdzv_handler=get_rendezvous_handler(rendezvous),
         max_restarts=UNLIMITED,
         monitor_interval=SECONDS_BETWEEN_LOOKS,

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-RankFunction = Callable[[str, int], dict[str, Any]]
-"""(run directory, attempt) -> the facts of the outcome."""
+RankFunction = Callable[[str, int, str], dict[str, Any]]
+"""(run directory, attempt, network interface) -> the facts of the outcome."""
 
 
 @dataclass(frozen=True, kw_only=True)

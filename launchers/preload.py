@@ -1,7 +1,6 @@
 """Loaded once by the forkserver, so that every rank, and every restarted one, starts with its imports done.
 
-A cluster's warning signal reaches the helper processes too and would kill those without a handler: they ignore it.
-Ranks start with it ignored and install their own handler when there is something to save.
+The signals that ask to save are ignored here and in every rank, until it has something to save and listens.
 """
 
 import gc

@@ -10,8 +10,14 @@ import threading
 from typing import Any
 
 
-def run_rank(run_dir: str, attempt: int) -> dict[str, Any]:
-    """Train as the rank that the environment names; dies with its agent, and at once when its agent says so."""
+def run_rank(run_dir: str, attempt: int, interface: str) -> dict[str, Any]:
+    """Train as the rank that the environment names, meeting the others over ``interface``; dies with its agent, and at
+    once when its agent says so.
+    """
+    for library in ("GLOO", "NCCL"):
+        if library == "GLOO" or interface != "lo":  # on one node NCCL needs no network
+            os.environ.setdefault(f"{library}_SOCKET_IFNAME", interface)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # before any other thread: all inherit it
     for watch in (_die_with_agent, _obey_termination):
         threading.Thread(target=watch, daemon=True).start()
