@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test check format clean
+.PHONY: install demo test slurm-packages check format clean
 
 install: .venv/installed
 
@@ -20,8 +20,15 @@ install: .venv/installed
 demo: install
 	$(BIN)/python -m launchers.submit --phase sanity_check --config configs/tiny.yaml
 
-test: install
+test: slurm-packages
 	$(BIN)/python -m pytest -q
+
+# Debian's Slurm for the tests on a real cluster; without root they skip and say so
+slurm-packages: install
+	@missing=$$($(BIN)/python -c 'from launchers.sandbox.preflight import missing_packages as m; print(*m())'); \
+	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$missing; \
+	fi
 
 check: install
 	$(BIN)/ruff check .

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from encdec.errors import ConfigError, DataError, MissingPrerequisite
+from encdec.data.corpus import open_corpus
+from encdec.errors import ConfigError, MissingPrerequisite
 from encdec.training.run_config import RunConfig
 from launchers.slurm import why_no_controller
 
 HERE = "python -m launchers.submit --phase sanity_check --config configs/tiny.yaml"
 SANDBOX = "python -m launchers.sandbox up"
-TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 
 def choose_cluster(asked: str, run: RunConfig) -> tuple[str, str]:
@@ -61,31 +61,12 @@ def require_devices(run: RunConfig) -> None:
 
 
 def require_text(run: RunConfig) -> None:
-    """A corpus given as a path must exist and hold text, before anything is written.
+    """A corpus on this machine must hold text, before anything is written. One on a hub is not asked for from here.
 
     Raises:
-        DataError: no such path, no text file in it, or only empty ones.
+        DataError: no such path, or no document with text.
     """
-    name = run.config.data.dataset_name
-    path = Path(name).expanduser()
-    if not (path.exists() or name.startswith(("/", "./", "../", "~")) or path.suffix in TEXT_SUFFIXES):
-        return  # a hub data set, or the embedded default
-    candidates = [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []
-    files = [file for file in candidates if file.suffix in TEXT_SUFFIXES and file.is_file()]
-    if not any(has_text(file) for file in files):
-        found = (
-            "no such path" if not path.exists() else f"none in {len(files)} such files" if files else "no such files"
-        )
-        raise DataError(
-            f"data.dataset_name={name} must hold {', '.join(TEXT_SUFFIXES)} files with text",
-            found=found,
-            remedy="Correct the path, or use python-stdlib, which is on every machine with Python",
-        )
-
-
-def has_text(file: Path) -> bool:
-    """Whether anything but white space stands in ``file``."""
-    if file.suffix == ".parquet":
-        return file.stat().st_size > 0
-    with file.open("rb") as stream:
-        return any(line.strip() for line in stream)
+    data = run.config.data
+    corpus = open_corpus(data.dataset_name, text_column=data.text_column, max_examples=1)
+    if corpus.is_local:
+        next(iter(corpus.documents()))

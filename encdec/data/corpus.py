@@ -45,8 +45,8 @@ class Corpus:
     """Opens the source anew."""
     evidence: Callable[[], Iterator[str]] = field(repr=False)
     """Strings that change when the content does: sizes and times of files. Needs no network."""
-    count_hint: int | None = None
-    """Documents there are, where that is known without reading them."""
+    is_local: bool = True
+    """Whether it can be read without a network."""
 
     def documents(self) -> Iterator[str]:
         """The documents, in a fixed order.
@@ -61,7 +61,7 @@ class Corpus:
             yield document
         if empty:
             raise DataError(
-                "a corpus must hold at least one document with text",
+                "A corpus must hold at least one document with text",
                 found=f"none in {self.description}",
                 remedy="Check data.dataset_name, data.text_column and data.max_examples",
             )
@@ -169,8 +169,8 @@ def _file_corpus(path: Path, text_column: str, max_examples: int | None) -> Corp
     files = [file for file in found if file.suffix in FILE_SUFFIXES and file.is_file()]
     if not files:
         raise DataError(
-            f"a corpus path must be a file or a directory of files ending in {', '.join(FILE_SUFFIXES)}",
-            found=f"{path} ({'no such file' if not path.exists() else 'none such'})",
+            f"data.dataset_name={path} must be a file or a directory of files ending in {', '.join(FILE_SUFFIXES)}",
+            found="no such path" if not path.exists() else "no such files",
             remedy='Correct data.dataset_name; "python-stdlib" is text that is always there',
         )
 
@@ -277,6 +277,7 @@ def _hub_corpus(name: str, text_column: str, config: str | None, streaming: bool
         description=f"Hugging Face dataset {name}" + (f", configuration {config}" if config else ""),
         settings={"source": "hub", "name": name, "config": config, "text_column": text_column, "split": "train"},
         max_examples=max_examples,
+        is_local=False,
         read=read,
         evidence=lambda: iter(()),
     )

@@ -72,7 +72,7 @@ CASES: dict[str, tuple[Callable[[Path], list[str]], tuple[str, ...]]] = {
     "empty corpus": (empty_corpus, ("text", "none in", "data.dataset_name")),
     "corpus that is not there": (
         lambda f: [*RUN, "--set", "data.dataset_name=./nowhere"],
-        ("./nowhere", "data.dataset_name"),
+        ("data.dataset_name=nowhere", "no such path", "python-stdlib"),
     ),
     "global batch that does not divide": (
         lambda f: [*RUN, "--set", "training.global_batch_size=9"],
