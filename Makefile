@@ -1,6 +1,6 @@
 # make demo    set up, then train the tiny model here, on two processes, to the end of its first phase
-# make test    set up, then run all tests
-# make check   style, types, floors
+# make test    set up, then check style, types and floors, then run all tests
+# make check   style, types and floors alone
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -20,7 +20,7 @@ install: .venv/installed
 demo: install
 	$(BIN)/python -m launchers.submit --phase sanity_check --config configs/tiny.yaml
 
-test: slurm-packages
+test: slurm-packages check
 	$(BIN)/python -m pytest -q
 
 # Debian's Slurm for the tests on a real cluster; without root they skip and say so

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -113,11 +112,12 @@ def test_refused_with_rule_value_and_remedy(name: str, tmp_path: Path, monkeypat
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere; the case above uses a file as parent instead")
-def test_read_only_parent_is_refused(tmp_path: Path, capsys):
-    tmp_path.chmod(0o500)
-    assert main([*RUN, "--run-dir", str(tmp_path / "run")]) == 78
-    assert "must be writable" in capsys.readouterr().err
+def test_file_system_that_takes_no_directory_is_refused(capsys):
+    """/proc refuses mkdir(2) to everybody, root included."""
+    assert main([*RUN, "--run-dir", "/proc/run"]) == 78
+    message = capsys.readouterr().err
+    assert "must be writable, found /proc/run" in message
+    assert "--run-dir" in message
 
 
 def test_mission_command_without_slurm_names_the_next_ones(tmp_path: Path, monkeypatch, capsys):

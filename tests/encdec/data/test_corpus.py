@@ -55,7 +55,7 @@ def test_the_fingerprint_follows_the_content(tmp_path):
 
 
 def test_what_cannot_be_read_is_named(tmp_path):
-    with pytest.raises(DataError, match="no such file"):
+    with pytest.raises(DataError, match="no such path"):
         open_corpus(str(tmp_path / "missing.jsonl"))
     with pytest.raises(DataError, match="none such"):
         open_corpus(str(tmp_path))
