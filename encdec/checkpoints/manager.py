@@ -150,10 +150,11 @@ class CheckpointManager:
         write_manifest(temporary, manifest)
         verify_names(temporary, manifest)
         self._fence()
-        if final.exists():  # the same step again, after a resume from further back
-            shutil.rmtree(_aside(final))
+        replaced = _aside(final) if final.exists() else None  # the same step again, after a resume from further back
         os.rename(temporary, final)
         files.fsync_directory(self.output_dir)
+        if replaced:
+            shutil.rmtree(replaced)
         self._prune()
 
     def _prune(self) -> None:

@@ -9,12 +9,24 @@ from __future__ import annotations
 import signal
 import time
 from types import FrameType
+from typing import NamedTuple
 
 from encdec.files import RunPaths
 
 STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 SECONDS_BETWEEN_LOOKS = 1.0
 """How often rank 0 looks for a control file: shared storage is not asked at every step."""
+
+
+class Wishes(NamedTuple):
+    """What is asked for: seen by one rank, or by any of them once the ranks have agreed."""
+
+    signalled: bool
+    """A signal: finish the step, save, leave."""
+    stop: bool
+    """The control file STOP: the same."""
+    save: bool
+    """The control file SAVE: save and go on."""
 
 
 class Requests:
@@ -38,13 +50,13 @@ class Requests:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.signal_name = signal.Signals(number).name
 
-    def look(self) -> tuple[bool, bool]:
-        """(stop, save) as this rank sees them now; a save request is taken away once seen."""
-        stop, save = self.signal_name is not None, False
+    def look(self) -> Wishes:
+        """What this rank sees now; a save request is taken away once seen."""
+        stop = save = False
         if self._paths is not None and time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + SECONDS_BETWEEN_LOOKS
-            stop = stop or self._paths.stop_request.exists()
+            stop = self._paths.stop_request.exists()
             save = self._paths.save_request.exists()
             if save:
                 self._paths.save_request.unlink(missing_ok=True)
-        return stop, save
+        return Wishes(signalled=self.signal_name is not None, stop=stop, save=save)

@@ -29,7 +29,7 @@ from encdec.training.early_stopping import EarlyStopping
 from encdec.training.observers import Observer
 from encdec.training.optimizer import make_optimizer
 from encdec.training.schedule import Schedule
-from encdec.training.signals import Requests
+from encdec.training.signals import Requests, Wishes
 from encdec.training.state import MOVING_WINDOW, LossHistory, TrainingState, TrainResult
 
 log = logging.getLogger("encdec.train")
@@ -114,9 +114,9 @@ class Qwen3EncoderDecoderTrainer:
         self.model.train()
         cause = message = ""
         while self.state.global_step < self.total_steps and not cause:
-            record, stop, save = self._step()
-            cause, message = self._decide(record, stop)
-            self._close_step(record, save=save, ending=bool(cause))
+            record, wishes = self._step()
+            cause, message = self._decide(record, wishes)
+            self._close_step(record, save=wishes.save, ending=bool(cause))
         if not cause:
             cause, message = "complete", f"all {self.total_steps} steps done"
         if self._last_saved != f"step-{self.state.global_step}" and self.state.global_step:
@@ -125,13 +125,12 @@ class Qwen3EncoderDecoderTrainer:
             cause, self.state.global_step, self._last_saved, self.losses.first_mean, self.losses.last_mean(), message
         )
 
-    def _step(self) -> tuple[StepRecord, bool, bool]:
-        """One optimizer step: (record, stop asked for, save asked for), the same on every rank."""
+    def _step(self) -> tuple[StepRecord, Wishes]:
+        """One optimizer step: its record and what any rank was asked to do, the same on every rank."""
         began = time.perf_counter()
         torch.manual_seed(self._step_seed())
         own_loss_sum, own_tokens, waited = self._forward_backward()
-        stop, save = self.requests.look()
-        loss_sum, tokens, squares, stops, saves = self._reduce(own_loss_sum, own_tokens, float(stop), float(save))
+        loss_sum, tokens, squares, *wishes = self._reduce(own_loss_sum, own_tokens, self.requests.look())
         loss = loss_sum / max(tokens, 1.0)
         if not math.isfinite(loss) or not math.isfinite(squares):
             raise TrainingDiverged(
@@ -153,7 +152,7 @@ class Qwen3EncoderDecoderTrainer:
             data_seconds=waited, samples_consumed=self.state.samples_consumed, memory_gb=self._memory_gb(),
             attempt=self.attempt, restart=self.restart,
         )  # fmt: skip
-        return record, stops > 0, saves > 0
+        return record, Wishes(*(wish > 0 for wish in wishes))
 
     def _forward_backward(self) -> tuple[Tensor, int, float]:
         """(summed loss [], target tokens, seconds waited for data) of this rank's A micro-batches."""
@@ -182,12 +181,12 @@ class Qwen3EncoderDecoderTrainer:
             self._batches = iter(self.train_dataloader)
         return next(self._batches)
 
-    def _reduce(self, loss_sum: Tensor, tokens: int, stop: float, save: float) -> list[float]:
-        """The step's one collective: sums of loss, tokens, squared gradients and the two requests over all ranks."""
+    def _reduce(self, loss_sum: Tensor, tokens: int, wishes: Wishes) -> list[float]:
+        """The step's one collective: sums of loss, tokens, squared gradients and each wish over all ranks."""
         norms = torch._foreach_norm(self._local_gradients())
         squares = torch.stack(norms).double().square().sum()
-        counts = torch.tensor([tokens, stop, save], dtype=torch.float64, device=self._device)
-        values = torch.stack([loss_sum, counts[0], squares.to(self._device), counts[1], counts[2]])
+        counts = torch.tensor([tokens, *wishes], dtype=torch.float64, device=self._device)
+        values = torch.cat([torch.stack([loss_sum, counts[0], squares.to(self._device)]), counts[1:]])
         if distributed.is_distributed():
             dist.all_reduce(values)
         return values.tolist()
@@ -213,15 +212,12 @@ class Qwen3EncoderDecoderTrainer:
         state.epoch = self.train_dataloader.batch_sampler.epoch_at(state.samples_consumed)  # type: ignore[union-attr]
         self.losses.add(loss)
 
-    def _decide(self, record: StepRecord, stop: bool) -> tuple[str, str]:
-        """(cause, message) if training ends at this boundary, else empty strings."""
-        if stop:
-            name = self.requests.signal_name
-            return (
-                ("signalled", f"stopped by {name}")
-                if name
-                else ("stop_requested", "stopped on request of another rank")
-            )
+    def _decide(self, record: StepRecord, wishes: Wishes) -> tuple[str, str]:
+        """(cause, message) if training ends at this boundary, else empty strings; the same cause on all ranks."""
+        if wishes.signalled:
+            return "signalled", f"stopped by {self.requests.signal_name or 'a signal to another rank'}"
+        if wishes.stop:
+            return "stop_requested", "stopped by the control file STOP"
         reason = self.early_stopping.after_step(record.step, record.grad_norm)
         if not reason and record.step % self.config.training.eval_steps == 0:
             reason = self.early_stopping.at_check(record.step, self.losses.last_mean(MOVING_WINDOW))

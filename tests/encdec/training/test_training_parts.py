@@ -16,7 +16,7 @@ from encdec.training.early_stopping import EarlyStopping
 from encdec.training.execution import PHASE_CONFIGS, TrainingPhase
 from encdec.training.finish import judge_phase
 from encdec.training.schedule import Schedule
-from encdec.training.signals import Requests
+from encdec.training.signals import Requests, Wishes
 from encdec.training.state import LossHistory, TrainResult
 
 
@@ -109,10 +109,10 @@ def test_signals_set_a_flag_and_nothing_else(number: signal.Signals):
     handlers = {each: signal.getsignal(each) for each in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)}
     try:
         requests = Requests(None).listen()
-        assert requests.look() == (False, False)
+        assert requests.look() == Wishes(signalled=False, stop=False, save=False)
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), number)  # they come twice
-        assert requests.look() == (True, False)
+        assert requests.look() == Wishes(signalled=True, stop=False, save=False)
         assert requests.signal_name == number.name
     finally:
         for each, handler in handlers.items():
@@ -123,8 +123,8 @@ def test_control_files(tmp_path: Path):
     paths = RunPaths(tmp_path)
     paths.make()
     paths.save_request.touch()
-    assert Requests(paths).look() == (False, True)
+    assert Requests(paths).look() == Wishes(signalled=False, stop=False, save=True)
     assert not paths.save_request.exists()
     paths.stop_request.touch()
-    assert Requests(paths).look() == (True, False)
+    assert Requests(paths).look() == Wishes(signalled=False, stop=True, save=False)
     assert paths.stop_request.exists()
