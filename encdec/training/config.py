@@ -11,12 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from encdec.errors import ConfigError
 from encdec.files import atomic_write_text
-from encdec.training.yaml_values import read_yaml
+from encdec.training.yaml_values import dump_yaml, read_yaml
 
 PhaseName = Literal["sanity_check", "validation", "medium", "full"]
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -275,7 +274,7 @@ class FullConfig(Section):
 
     def to_yaml(self, path: str | Path) -> None:
         """Write the tree so that ``from_yaml`` gives an equal one."""
-        atomic_write_text(Path(path), yaml.safe_dump(self.model_dump(), sort_keys=False))
+        atomic_write_text(Path(path), dump_yaml(self.model_dump()))
 
 
 def _explain(error: ValidationError, source: str) -> ConfigError:

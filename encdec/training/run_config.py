@@ -12,14 +12,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from encdec.denoisers import raw_sample_length
 from encdec.errors import ConfigError, RunDirectoryError
 from encdec.files import RunPaths, atomic_write_text
 from encdec.training.config import FullConfig
 from encdec.training.execution import PHASE_CONFIGS, PhaseConfig, TrainingPhase
-from encdec.training.yaml_values import apply_settings, read_yaml
+from encdec.training.yaml_values import apply_settings, dump_yaml, read_yaml
 
 PLACE_KEYS = ("name", "nodes", "ranks_per_node", "config.infra.num_gpus")
 """Dotted paths that say where a run runs and what it is called, not what it computes."""
@@ -78,7 +76,7 @@ class RunConfig:
 
     def write(self, path: Path) -> None:
         """Write ``run.yaml``."""
-        atomic_write_text(path, yaml.safe_dump(self.to_mapping(), sort_keys=False))
+        atomic_write_text(path, dump_yaml(self.to_mapping()))
 
 
 def divide_global_batch(global_batch_size: int, largest_micro_batch: int, world_size: int) -> tuple[int, int]:

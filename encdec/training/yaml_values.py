@@ -16,11 +16,21 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader that also reads 2e-4 as a number (YAML 1.1 would make it a string)."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes every string that ``_Loader`` would read as a number."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+        list("-+0123456789"),
+    )
+
+
+def dump_yaml(values: Mapping[str, Any]) -> str:
+    """``values`` as a document that ``parse_yaml`` reads back equal, in the order given."""
+    return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False)
 
 
 def parse_yaml(text: str) -> Any:
