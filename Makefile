@@ -12,7 +12,7 @@ install: .venv/installed
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, found " + sys.version.split()[0])'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --config-settings editable_mode=compat --editable .[dev]
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .[dev]
 	@# where there is no Slurm, sbatch in this environment says so and what to type instead
 	@command -v sbatch >/dev/null || install -m 755 slurm/sbatch-without-slurm .venv/bin/sbatch
 	@touch $@
