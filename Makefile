@@ -18,7 +18,7 @@ install: .venv/installed
 	@touch $@
 
 demo: install
-	$(BIN)/python -m launchers.submit --phase sanity_check --config configs/tiny.yaml
+	$(BIN)/python -m launchers.submit --phase sanity_check --config configs/tiny.yaml --cluster local
 
 test: slurm-packages check
 	$(BIN)/python -m pytest -q
