@@ -57,7 +57,7 @@ def test_the_fingerprint_follows_the_content(tmp_path):
 def test_what_cannot_be_read_is_named(tmp_path):
     with pytest.raises(DataError, match="no such path"):
         open_corpus(str(tmp_path / "missing.jsonl"))
-    with pytest.raises(DataError, match="none such"):
+    with pytest.raises(DataError, match="no such files"):
         open_corpus(str(tmp_path))
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     with pytest.raises(DataError, match=r"bad\.jsonl:2"):
