@@ -50,7 +50,7 @@ def require_devices(run: RunConfig) -> None:
     """
     if run.config.infra.device != "cuda":
         return
-    found = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    found = count_gpus()
     if found < run.ranks_per_node:
         raise MissingPrerequisite(
             f"infra.device=cuda with {run.ranks_per_node} ranks needs {run.ranks_per_node} GPUs on this machine",
@@ -58,6 +58,11 @@ def require_devices(run: RunConfig) -> None:
             remedy="Lower --gpus-per-node, log in where the GPUs are, or run the tiny configuration, which needs none: "
             f"{HERE}",
         )
+
+
+def count_gpus() -> int:
+    """NVIDIA GPUs of this machine, by their device files."""
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
 
 
 def require_text(run: RunConfig) -> None:
