@@ -125,12 +125,12 @@ class AttemptPaths:
 
     @property
     def process(self) -> Path:
-        """Which process runs the attempt (JSON: host, pid, created)."""
+        """Which process runs the attempt (a ProcessRecord)."""
         return self.root / "process.json"
 
     @property
     def error(self) -> Path:
-        """What a rank that refused to run told its user (JSON: message, exit_code)."""
+        """What a rank that refused to run told its user (a Refusal)."""
         return self.root / "error.json"
 
 
@@ -194,6 +194,16 @@ class RunPaths:
         return self.control / "STOP"
 
     @property
+    def lock(self) -> Path:
+        """Held (flock) by the command that starts an attempt, until the attempt can be seen."""
+        return self.root / "lock"
+
+    @property
+    def job(self) -> Path:
+        """Which Slurm job runs the run (a JobRecord)."""
+        return self.root / "job.json"
+
+    @property
     def sanity_report(self) -> Path:
         return self.root / "sanity_check.json"
 
@@ -210,7 +220,8 @@ class RunPaths:
         """Numbers of the attempts claimed so far, ascending."""
         if not self.attempts.is_dir():
             return []
-        return sorted(int(entry.name) for entry in self.attempts.iterdir() if entry.name.isdigit())
+        with os.scandir(self.attempts) as entries:
+            return sorted(int(entry.name) for entry in entries if entry.name.isdecimal() and entry.is_dir())
 
     def claim_attempt(self) -> int:
         """Claim the next attempt number. Atomic: mkdir(2) succeeds for exactly one claimant of a number."""

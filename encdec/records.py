@@ -11,7 +11,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from encdec.errors import RunDirectoryError
+
+Record = TypeVar("Record")
 
 
 class JsonLinesWriter:
@@ -56,6 +62,27 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
             continue
         if isinstance(record, dict):
             yield record
+
+
+def read_record(path: Path, kind: type[Record]) -> Record:
+    """The record that the JSON file ``path`` holds; keys of later versions are passed over.
+
+    Raises:
+        RunDirectoryError: unreadable, or it does not hold a ``kind``.
+    """
+    try:
+        return TypeAdapter(kind).validate_json(path.read_bytes())
+    except OSError as error:
+        problem = str(error.strerror)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        problem = " ".join([*map(str, first["loc"]), first["msg"].lower()])
+    raise RunDirectoryError(
+        "The files of a run directory must be whole",
+        found=f"{path} ({problem})",
+        remedy="Restore it from a copy; or, if nothing of the run is running, delete it: the run then goes on from its "
+        "newest valid checkpoint",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +143,48 @@ class Outcome:
     last_loss: float | None = None
     """Mean over the last steps, nats."""
     time: float = field(default_factory=time.time)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """What a rank that refused to run told its user: ``attempts/<n>/error.json``."""
+
+    message: str
+    exit_code: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessRecord:
+    """Which process runs an attempt: ``attempts/<n>/process.json``."""
+
+    host: str
+    pid: int
+    created: float
+    """Seconds since the epoch; a pid alone can be used again."""
+    job: str | None = None
+    """Slurm job that the process belongs to."""
+    start: str | None = None
+    """Which start of that job: ``<job>.<restart count>.<step>``."""
+    endpoint: str | None = None
+    """host:port where the nodes meet."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobRecord:
+    """Which Slurm job runs a run: ``job.json``."""
+
+    job: str
+    submitted: float
+    """Seconds since the epoch."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

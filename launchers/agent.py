@@ -6,14 +6,17 @@ still importing torch elastic.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import signal
+import sys
 import time
+from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 from encdec.files import AttemptPaths
-from encdec.records import JsonLinesWriter, event, read_json_lines
+from encdec.records import JsonLinesWriter, Refusal, event, read_json_lines, read_record
 from launchers.node import NodeJob, RankGroup
 from launchers.outcomes import AttemptFacts
 from launchers.rank import run_rank
@@ -47,12 +50,12 @@ class NodeAgent:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
         from launchers.elastic import supervise  # imports torch while the forkserver imports the rest
 
-        self._events.write(event("agent_ready", node=self.job.node_rank))
+        self._tell("agent_ready", node=self.job.node_rank)
         try:
             returned = supervise(self, run_rank, self.paths.rank_logs(self.job.node_rank))
         finally:
             self._events.close()
-        refusal = json.loads(self.paths.error.read_text()) if self.paths.error.is_file() else None
+        refusal = read_record(self.paths.error, Refusal) if self.paths.error.is_file() else None
         restarts = self._group.restarts if self._group else 0
         return AttemptFacts(
             returned=returned, refusal=refusal, failures=self.failures, restarts=restarts, last_step=self.last_step()
@@ -76,19 +79,25 @@ class NodeAgent:
         log = self.paths.rank_logs(self.job.node_rank) / f"rank-{rank}.restart-{restart}.err"
         line = f"rank {rank} ended with exit code {exit_code}{name}, see {log}"
         self.failures.append(line)
-        self._events.write(event("rank_failed", detail=line))
+        self._tell("rank_failed", detail=line)
 
     def restarting(self, count: int) -> None:
-        self._events.write(event("restarting", restart=count))
+        self._tell("restarting", restart=count)
 
     def tick(self) -> None:
         now = time.monotonic()
         if now >= self._next_heartbeat:
             self._next_heartbeat = now + SECONDS_BETWEEN_HEARTBEATS
-            self.paths.heartbeat(self.job.node_rank).touch()
+            with told_if_refused():
+                self.paths.heartbeat(self.job.node_rank).touch()
         if self.stop_signal and now >= self._next_forward:
             self._next_forward = now + SECONDS_BETWEEN_FORWARDS  # again and again: a rank may not have listened yet
             self._forward()
+
+    def _tell(self, kind: str, **facts: Any) -> None:
+        """A line in the ledger."""
+        with told_if_refused():
+            self._events.write(event(kind, **facts))
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.stop_signal = signal.Signals(number).name
@@ -99,6 +108,15 @@ class NodeAgent:
                 os.kill(pid, signal.SIGUSR2)
             except ProcessLookupError:
                 continue
+
+
+@contextlib.contextmanager
+def told_if_refused() -> Iterator[None]:
+    """A full disk that refuses a line or a heartbeat must not end the ranks, whose own writes may still fit."""
+    try:
+        yield
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
 
 
 def prepare_environment() -> None:

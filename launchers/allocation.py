@@ -18,7 +18,7 @@ import psutil
 
 from encdec.errors import EncdecError
 from encdec.files import RunPaths, atomic_write_json
-from encdec.records import read_json_lines
+from encdec.records import ProcessRecord, read_json_lines, read_record
 from launchers.slurm import expand_nodelist
 
 SECONDS_TO_BE_TOLD = 600.0
@@ -105,7 +105,8 @@ def join(allocation: Allocation, paths: RunPaths) -> Seat:
             )
         time.sleep(SECONDS_BETWEEN_LOOKS)
     number = json.loads(told.read_text())["attempt"]
-    endpoint = json.loads(paths.attempt(number).process.read_text())["endpoint"]
+    endpoint = read_record(paths.attempt(number).process, ProcessRecord).endpoint
+    assert endpoint is not None, "the head node of a Slurm job says where the nodes meet"
     address = address_towards(endpoint.rpartition(":")[0])
     return Seat(attempt=number, endpoint=endpoint, address=address, interface=interface_of(address))
 
@@ -117,8 +118,8 @@ def announcement(allocation: Allocation, paths: RunPaths) -> Path:
 def identify_process(path: Path, **place: str) -> None:
     """Write which process runs the attempt; a pid alone can be used again, so its creation time goes along."""
     process = psutil.Process()
-    facts = {"host": socket.gethostname(), "pid": process.pid, "created": process.create_time()}
-    atomic_write_json(path, facts | place)
+    record = ProcessRecord(host=socket.gethostname(), pid=process.pid, created=process.create_time(), **place)
+    atomic_write_json(path, record.to_json())
 
 
 def head_exit_code(ledger: Path) -> int | None:

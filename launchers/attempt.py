@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import shlex
+from pathlib import Path
 
+import encdec
+from encdec.errors import RunDirectoryError
 from encdec.files import AttemptPaths, RunPaths, atomic_write_json
 from encdec.records import JsonLinesWriter, Outcome, event
 from encdec.training.run_config import RunConfig, read_run_config
@@ -19,6 +23,7 @@ MAX_FRUITLESS_RESTARTS = 3
 
 def run_attempt(paths: RunPaths) -> int:
     """This node's part of an attempt, from the claim of its number to its outcome; returns the exit code."""
+    require_own_code(paths)
     run = read_run_config(paths)
     allocation = read_allocation(os.environ)
     job = slurm_job(run, paths, allocation) if allocation else local_job(run, paths)
@@ -32,6 +37,22 @@ def run_attempt(paths: RunPaths) -> int:
     again = allocation is not None and wants_requeue(outcome, agent.stop_signal)
     close(attempt, job, outcome, requeue=allocation.job if allocation and again else None)
     return outcome.exit_code
+
+
+def require_own_code(paths: RunPaths) -> None:
+    """An attempt runs the snapshot in its run directory, however often the checkout has changed since.
+
+    Raises:
+        RunDirectoryError: this process has loaded other code.
+    """
+    loaded = Path(encdec.__path__[0]).resolve()
+    if not loaded.is_relative_to(paths.code.resolve()):
+        raise RunDirectoryError(
+            "An attempt runs the code of its run directory",
+            found=f"{loaded}, not {paths.code}",
+            remedy="Start it with launchers.submit, or with PYTHONSAFEPATH=1 "
+            f"PYTHONPATH={shlex.quote(str(paths.code))}",
+        )
 
 
 def local_job(run: RunConfig, paths: RunPaths) -> NodeJob:

@@ -31,10 +31,18 @@ class RunPhase:
 def run(run_dir: Path) -> int:
     """This node's part of an attempt; returns its exit code."""
     start_forkserver()  # before all else: it loads torch while this process is still loading its own modules
+    from encdec.errors import EncdecError
     from encdec.files import RunPaths
     from launchers.attempt import run_attempt
+    from launchers.run_directory import usable
 
-    return run_attempt(RunPaths(run_dir))
+    paths = RunPaths(run_dir)
+    try:
+        with usable(paths):
+            return run_attempt(paths)
+    except EncdecError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,44 +3,43 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
-from types import FrameType
+from pathlib import Path
 
 import submitit
 
+from encdec.errors import EncdecError
 from encdec.files import RunPaths
+from encdec.records import ProcessRecord, read_record
 from encdec.training.run_config import RunConfig
 from launchers import show
+from launchers.interrupts import INTERRUPTED, Interrupts, held_back
 from launchers.job import RunPhase
 from launchers.progress import Progress
-from launchers.run_directory import code_environment, note, read_status
+from launchers.run_directory import code_environment, note, require_snapshot, why_full
+from launchers.run_status import read_status
 
 MINUTES_PER_YEAR = 365 * 24 * 60
-SECONDS_TO_CLAIM = 60.0
+SECONDS_TO_CLAIM = 600.0
+"""Python may start slowly from cold shared storage."""
 SECONDS_BETWEEN_LOOKS = 0.1
 
 
-def run_here(paths: RunPaths, run: RunConfig, *, wait: bool) -> int:
-    """Start an attempt unless one runs, and follow it to its end; returns its exit code."""
-    status = read_status(paths)
-    if status.running:
-        show.attached(paths)
-    else:
-        paths.stop_request.unlink(missing_ok=True)  # a request of last time must not stop this attempt
-        note(paths, "submitted", cluster="local", attempt=status.attempts)
-        start(paths, run)
-    if not wait:
-        return show.started(paths)
-    follow(paths, total_steps=run.num_train_steps)
-    return show.summary(paths)
-
-
 def start(paths: RunPaths, run: RunConfig) -> None:
-    """Hand ``RunPhase(run_dir)`` to submitit's local executor, running the code of the snapshot."""
+    """Hand ``RunPhase(run_dir)`` to submitit's local executor, and wait until its attempt can be seen.
+
+    Raises:
+        RunDirectoryError: the snapshot of the code is gone.
+        EncdecError: the job died before it could claim an attempt.
+    """
+    require_snapshot(paths)
+    paths.stop_request.unlink(missing_ok=True)  # a request of last time must not stop this attempt
+    before = paths.newest_attempt()
+    note(paths, "submitted", cluster="local")
     executor = submitit.LocalExecutor(folder=paths.submitit)
     executor.update_parameters(
         timeout_min=MINUTES_PER_YEAR,
@@ -48,64 +47,91 @@ def start(paths: RunPaths, run: RunConfig) -> None:
         gpus_per_node=run.ranks_per_node if run.config.infra.device == "cuda" else 0,
         stderr_to_stdout=True,
     )
-    attempts_before = len(paths.attempt_numbers())
-    with job_environment(paths):
+    with job_environment(paths), output_to(paths.submitit / "controller.log"), held_back():
         job = executor.submit(RunPhase(str(paths.root)))
     deadline = time.monotonic() + SECONDS_TO_CLAIM
-    while not identified(paths, attempts_before) and not job.done() and time.monotonic() < deadline:
-        time.sleep(0.02)  # until the attempt is there to be followed
+    while not identified(paths, before):
+        if job.done() or time.monotonic() > deadline:
+            if identified(paths, before):
+                return
+            how = "ended" if job.done() else "is silent"
+            raise EncdecError(
+                "A job must live until its attempt begins",
+                found=f"job {job.job_id}, which {how}: {why_full(paths) or last_word(job.paths.stdout)}",
+                remedy=f"See {job.paths.stdout}, then give the same command again",
+            )
+        time.sleep(0.02)
 
 
-def identified(paths: RunPaths, attempts_before: int) -> bool:
-    """Whether a new attempt has been claimed and says which process runs it."""
-    numbers = paths.attempt_numbers()
-    return len(numbers) > attempts_before and paths.attempt(numbers[-1]).process.is_file()
+def identified(paths: RunPaths, before: int | None) -> bool:
+    """Whether an attempt newer than ``before`` has been claimed and says which process runs it."""
+    newest = paths.newest_attempt()
+    return newest != before and newest is not None and paths.attempt(newest).process.is_file()
+
+
+def last_word(log: Path) -> str:
+    """The last line of a log that says something."""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    return text.strip().rpartition("\n")[2] or "no word in its log"
 
 
 @contextlib.contextmanager
 def job_environment(paths: RunPaths) -> Iterator[None]:
-    """The snapshot goes first, and the job does not get the terminal's Ctrl-C (submitit would kill it)."""
+    """The snapshot of the code goes first."""
     before = dict(os.environ)
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.update(code_environment(paths))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
         os.environ.clear()
         os.environ.update(before)
 
 
-def follow(paths: RunPaths, *, total_steps: int) -> None:
-    """Show progress until the newest attempt has ended. Ctrl-C asks it to save and stop; another stops following."""
-    number = paths.newest_attempt()
-    if number is None:
-        return
-    view = Progress(paths.attempt(number), total_steps)
-    interrupts = 0
-
-    def on_interrupt(signum: int, frame: FrameType | None) -> None:
-        nonlocal interrupts
-        interrupts += 1
-
-    handler = signal.signal(signal.SIGINT, on_interrupt)
+@contextlib.contextmanager
+def output_to(log: Path) -> Iterator[None]:
+    """What is started meanwhile writes to ``log``: it outlives this command and must not keep a pipe open behind it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640)
+    kept = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
     try:
-        asked = 0
-        while read_status(paths).running and interrupts < 2:
+        for descriptor in kept:
+            os.dup2(target, descriptor)
+        yield
+    finally:
+        for descriptor, copy in kept.items():
+            os.dup2(copy, descriptor)
+            os.close(copy)
+        os.close(target)
+
+
+def follow(paths: RunPaths, interrupts: Interrupts, *, total_steps: int) -> int:
+    """Show progress until the newest attempt has ended; returns its exit code.
+
+    Ctrl-C asks it to save and stop; another one stops following.
+    """
+    number = paths.newest_attempt()
+    assert number is not None, "only a run with an attempt can be followed"
+    view = Progress(paths.attempt(number), total_steps)
+    asked = 0
+    try:
+        while (running := read_status(paths).running) and interrupts.count < 2:
             view.refresh()
-            if interrupts > asked:
-                asked = interrupts
+            if interrupts.count > asked:
+                asked = interrupts.count
                 view.say("finishing the step, then saving; Ctrl-C again stops watching and lets the run go on saving")
                 ask_to_stop(paths, number)
             time.sleep(SECONDS_BETWEEN_LOOKS)
         view.refresh()
     finally:
         view.close()
-        signal.signal(signal.SIGINT, handler)
+    if running:
+        show.left_running(paths)
+        return INTERRUPTED
+    return show.summary(paths)
 
 
 def ask_to_stop(paths: RunPaths, number: int) -> None:
     """Send the attempt's agent the signal that means: finish the step, save, leave."""
-    facts = json.loads(paths.attempt(number).process.read_text())
     with contextlib.suppress(ProcessLookupError):
-        os.kill(facts["pid"], signal.SIGUSR2)
+        os.kill(read_record(paths.attempt(number).process, ProcessRecord).pid, signal.SIGUSR2)

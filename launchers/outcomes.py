@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from encdec.errors import ExitCode
-from encdec.records import Outcome
+from encdec.records import Outcome, Refusal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,8 +15,8 @@ class AttemptFacts:
 
     returned: dict[str, Any] | None
     """What rank 0 returned, if all ranks returned."""
-    refusal: dict[str, Any] | None
-    """What a rank that refused to run wrote: message, exit_code."""
+    refusal: Refusal | None
+    """What a rank that refused to run wrote."""
     failures: list[str] = field(default_factory=list)
     """One line a failed rank, in order of time."""
     restarts: int = 0
@@ -41,7 +41,7 @@ def wants_requeue(outcome: Outcome, stop_signal: str | None) -> bool:
 def judge(facts: AttemptFacts) -> Outcome:
     """The outcome of an attempt. A refusal goes before everything: it says why the ranks died."""
     if facts.refusal is not None:
-        code = int(facts.refusal["exit_code"])
+        code = facts.refusal.exit_code
         return Outcome(
             cause="gate"
             if code == ExitCode.GATE_NOT_PASSED
@@ -51,7 +51,7 @@ def judge(facts: AttemptFacts) -> Outcome:
             exit_code=code,
             step=facts.last_step,
             checkpoint=None,
-            message=str(facts.refusal["message"]),
+            message=facts.refusal.message,
             restarts=facts.restarts,
         )
     if facts.returned is not None:

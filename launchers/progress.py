@@ -17,7 +17,8 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 def make_console() -> Console:
-    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    """Shows paths as they are: brackets in them are no markup, colons no emoji."""
+    return Console(highlight=False, markup=False, emoji=False, soft_wrap=not sys.stdout.isatty())
 
 
 class Progress:

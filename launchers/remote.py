@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import shlex
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import submitit
 from submitit.core.utils import FailedJobError
 
 from encdec.errors import ConfigError, EncdecError, ExitCode
 from encdec.files import RunPaths, atomic_write_json, atomic_write_text
+from encdec.records import JobRecord, Outcome, ProcessRecord, read_record
 from encdec.training.run_config import RunConfig
 from launchers import show, slurm
+from launchers.interrupts import INTERRUPTED, held_back
 from launchers.job import RunPhase
 from launchers.progress import Progress, make_console
-from launchers.run_directory import code_environment, note
+from launchers.run_directory import code_environment, note, require_snapshot
 
 SIGNAL_LEAD_SECONDS = 120
 """Warning before the time limit: one step, the last checkpoint and its verification."""
@@ -29,7 +29,6 @@ SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_BETWEEN_SQUEUES = 10.0
 LOOKS_TO_BELIEVE_AN_END = 2
 """A job that Slurm is about to requeue after a lost node passes through an end state."""
-INTERRUPTED = 130
 KEPT = ("SLURM_CONF", "SLURM_JWT", "SLURM_CLUSTERS")
 """Which cluster, and as whom: not facts of the job that this shell may be part of."""
 
@@ -39,16 +38,10 @@ def live_job(paths: RunPaths) -> str | None:
 
     Slurm is asked only if the run was ever submitted to it.
     """
-    record = job_record(paths)
-    if not record.is_file():
+    if not paths.job.is_file():
         return None
-    job = json.loads(record.read_text())["job"]
+    job = read_record(paths.job, JobRecord).job
     return None if slurm.job_state(job) in slurm.END_STATES else job
-
-
-def job_record(paths: RunPaths) -> Path:
-    """Which Slurm job runs the run (JSON: job, submitted)."""
-    return paths.root / "job.json"
 
 
 def start(paths: RunPaths, run: RunConfig, flags: Mapping[str, str]) -> str:
@@ -59,13 +52,16 @@ def start(paths: RunPaths, run: RunConfig, flags: Mapping[str, str]) -> str:
 
     Raises:
         ConfigError: sbatch refused; nothing is queued.
+        RunDirectoryError: the snapshot of the code is gone.
     """
+    require_snapshot(paths)
     paths.stop_request.unlink(missing_ok=True)  # a request of last time must not stop this attempt
     executor = submitit.SlurmExecutor(folder=paths.submitit)
     executor.update_parameters(**sbatch_parameters(paths, run, flags))
     before = set(paths.submitit.iterdir())
     try:
-        with outside_any_job(), contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it also raises
+        # submitit prints what it also raises; a Ctrl-C that killed sbatch might leave a job that nobody knows
+        with outside_any_job(), contextlib.redirect_stderr(io.StringIO()), held_back():
             job = executor.submit(RunPhase(str(paths.root)))
     except FailedJobError as error:
         for leftover in set(paths.submitit.iterdir()) - before:
@@ -76,7 +72,7 @@ def start(paths: RunPaths, run: RunConfig, flags: Mapping[str, str]) -> str:
             remedy="Nothing is queued; correct the flag it names (sinfo shows partitions, limits, nodes and GPUs), and "
             "give the command again",
         ) from None
-    atomic_write_json(job_record(paths), {"job": job.job_id, "submitted": time.time()})
+    atomic_write_json(paths.job, JobRecord(job=job.job_id, submitted=time.time()).to_json())
     atomic_write_text(paths.root / "submit.sbatch", job.paths.submission_file.read_text())
     note(paths, "submitted", cluster="slurm", job=job.job_id)
     return job.job_id
@@ -200,12 +196,12 @@ class Watch:
 
     def _is_of_job(self, number: int) -> bool:
         process = self._paths.attempt(number).process
-        return process.is_file() and json.loads(process.read_text()).get("job") == self._job
+        return process.is_file() and read_record(process, ProcessRecord).job == self._job
 
     def _outcome(self) -> int | None:
         if self.number is None or not self._paths.attempt(self.number).outcome.is_file():
             return None
-        return json.loads(self._paths.attempt(self.number).outcome.read_text())["exit_code"]
+        return read_record(self._paths.attempt(self.number).outcome, Outcome).exit_code
 
     def _look_at_slurm(self) -> None:
         self._next_squeue = time.monotonic() + SECONDS_BETWEEN_SQUEUES

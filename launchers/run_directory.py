@@ -2,47 +2,55 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
+import errno
 import os
 import shutil
-import socket
 import subprocess
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 import encdec
 import launchers
-from encdec.errors import RunDirectoryError
-from encdec.files import AttemptPaths, RunPaths, atomic_write_json, staged_directory
+from encdec.errors import ConfigError, RunDirectoryError
+from encdec.files import RunPaths, atomic_write_json, staged_directory
 from encdec.records import JsonLinesWriter, event
 from encdec.training.run_config import RunConfig
 from launchers.plan import Plan
 
+ROOT = Path("runs")
 SNAPSHOT = (encdec, launchers)
+BYTES_OF_A_FULL_DISK = 1 << 16
+STORAGE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.ESTALE})
 
 
-@dataclass(frozen=True)
-class RunStatus:
-    """What a run directory says about its newest attempt."""
-
-    attempts: int
-    running: bool
-    outcome: dict[str, Any] | None
-    """outcome.json of the newest attempt that has one."""
-
-    @property
-    def complete(self) -> bool:
-        return self.outcome is not None and self.outcome["cause"] == "complete"
-
-
-def make_run_directory(paths: RunPaths, run: RunConfig, plan: Plan) -> None:
-    """Write run.yaml, plan.json and the snapshot of the code into a new directory, in one rename.
+def choose_directory(asked: Path | None, name: str, *, new: bool) -> Path:
+    """Where a run lives: as asked for, or ``runs/<name>``; if it must be new, a free one of that name.
 
     Raises:
-        RunDirectoryError: not writable, or it came into being meanwhile.
+        ConfigError: a path that the variables or scripts of a job cannot carry.
+    """
+    root = (asked or ROOT / name).absolute()
+    if os.pathsep in str(root) or not str(root).isprintable():
+        raise ConfigError(
+            f"The path of a run directory must be printable and without {os.pathsep!r}, which separates Python's paths",
+            found=repr(str(root)),
+            remedy="Choose another with --run-dir",
+        )
+    number, free = 1, root
+    while new and free.exists():
+        number += 1
+        free = root.with_name(f"{root.name}-{number}")
+    return free
+
+
+def make_run_directory(paths: RunPaths, run: RunConfig, plan: Plan) -> bool:
+    """Write run.yaml, plan.json and the snapshot of the code into a new directory, in one rename; False if the
+    directory came into being meanwhile.
+
+    Raises:
+        RunDirectoryError: not writable.
     """
     try:
         with staged_directory(paths.root) as staging:
@@ -54,11 +62,7 @@ def make_run_directory(paths: RunPaths, run: RunConfig, plan: Plan) -> None:
             new.submitit.mkdir()
             staging.chmod(0o750)
     except FileExistsError:
-        raise RunDirectoryError(
-            "A run directory is made once",
-            found=f"{paths.root} appeared meanwhile",
-            remedy="Give the same command again",
-        ) from None
+        return False
     except OSError as error:
         raise RunDirectoryError(
             "The run directory must be writable",
@@ -66,30 +70,50 @@ def make_run_directory(paths: RunPaths, run: RunConfig, plan: Plan) -> None:
             remedy="Choose another with --run-dir, or free or open the folder above it",
         ) from None
     note(paths, "created", name=run.name)
+    return True
 
 
-def read_status(paths: RunPaths) -> RunStatus:
-    """What the run directory says now. Asks nobody."""
-    numbers = paths.attempt_numbers()
-    outcomes = [paths.attempt(number).outcome for number in numbers]
-    written = [path for path in outcomes if path.is_file()]
-    outcome = json.loads(written[-1].read_text()) if written else None
-    running = bool(numbers) and not outcomes[-1].is_file() and is_alive(paths.attempt(numbers[-1]))
-    return RunStatus(len(numbers), running, outcome)
+@contextlib.contextmanager
+def usable(paths: RunPaths) -> Iterator[None]:
+    """Storage that refuses what a command does with the run directory is the user's to mend.
 
-
-def is_alive(attempt: AttemptPaths) -> bool:
-    """Whether the process that runs ``attempt`` lives on this machine."""
-    if not attempt.process.is_file():
-        return False
-    facts = json.loads(attempt.process.read_text())
-    if facts["host"] != socket.gethostname():
-        return False
+    Raises:
+        RunDirectoryError: instead of the OSError.
+    """
     try:
-        process = psutil.Process(facts["pid"])
-        return process.create_time() == facts["created"] and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+        yield
+    except OSError as error:
+        inside = error.filename is not None and Path(os.fsdecode(error.filename)).is_relative_to(paths.root)
+        if not inside and error.errno not in STORAGE_ERRORS:
+            raise
+        raise RunDirectoryError(
+            "The run directory must be readable and writable",
+            found=f"{error.filename or paths.root} ({error.strerror})",
+            remedy="Free or open it and give the same command again, or choose another with --run-dir",
+        ) from None
+
+
+def why_full(paths: RunPaths) -> str | None:
+    """A sentence about the storage of the run directory if nothing can be written there any more, else None."""
+    free = shutil.disk_usage(paths.root).free
+    return f"the disk is full: {free:,} bytes are free for {paths.root}" if free < BYTES_OF_A_FULL_DISK else None
+
+
+def require_snapshot(paths: RunPaths) -> None:
+    """A job whose snapshot is gone would run whatever code is installed.
+
+    Raises:
+        RunDirectoryError: naming what is missing.
+    """
+    for package in SNAPSHOT:
+        name = Path(package.__path__[0]).name
+        if not (paths.code / name / "__init__.py").is_file():
+            raise RunDirectoryError(
+                "A run goes on with the code it was made with",
+                found=f"no {name} in {paths.code}",
+                remedy="Restore code/ from a copy (code/git.json names its commit), or make a new run with another "
+                "--run-dir or --name",
+            )
 
 
 def note(paths: RunPaths, kind: str, **facts: Any) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import io
+import math
+import shlex
+import sys
 from typing import Any
 
 from rich.panel import Panel
@@ -10,12 +13,21 @@ from rich.table import Table
 
 from encdec.errors import ExitCode
 from encdec.files import RunPaths
-from encdec.records import read_json_lines
+from encdec.records import Outcome, read_json_lines, read_record
 from encdec.training.run_config import RunConfig, read_run_config
 from launchers.plan import Plan
 from launchers.progress import make_console
+from launchers.run_directory import why_full
 
 SPARKS = "▁▂▃▄▅▆▇█"
+ASCII_SPARKS = "_.-:=+*#"
+
+
+def make_printable() -> None:
+    """Characters that the terminal's encoding lacks are replaced, not fatal."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def table_of(rows: dict[str, str]) -> Table:
@@ -61,15 +73,15 @@ def plan(plan: Plan, *, continues: bool) -> None:
 def summary(paths: RunPaths, *, already: bool = False) -> int:
     """Print how the run stands and what to type next; returns the exit code of its newest attempt."""
     run = read_run_config(paths)
-    numbers = paths.attempt_numbers()
-    newest = paths.attempt(numbers[-1]) if numbers else None
-    outcome = json.loads(newest.outcome.read_text()) if newest and newest.outcome.is_file() else None
-    cause = outcome["cause"] if outcome else "ended without an outcome"
+    newest = paths.newest_attempt()
+    written = newest is not None and paths.attempt(newest).outcome.is_file()
+    outcome = read_record(paths.attempt(newest).outcome, Outcome) if newest is not None and written else None
+    cause = outcome.cause if outcome else "ended without an outcome"
     title = f"{run.phase.phase if run.phase else 'training'}: {cause}{' (nothing left to do)' if already else ''}"
-    rows = summary_rows(paths, run, outcome, attempts=len(numbers))
     color = "green" if cause == "complete" else "red"
-    make_console().print(Panel(table_of(rows), title=title, title_align="left", border_style=color, expand=False))
-    return outcome["exit_code"] if outcome else ExitCode.CRASHED
+    rows = table_of(summary_rows(paths, run, outcome))
+    make_console().print(Panel(rows, title=title, title_align="left", border_style=color, expand=False))
+    return outcome.exit_code if outcome else ExitCode.CRASHED
 
 
 def attached(paths: RunPaths) -> None:
@@ -91,40 +103,52 @@ def queued(job: str, paths: RunPaths) -> int:
     return 0
 
 
+def left_running(paths: RunPaths) -> None:
+    """Say that nobody watches any more, and that the attempt goes on."""
+    make_console().print(
+        f"attempt {paths.newest_attempt()} goes on: it saves, then ends; the same command follows it, and its files "
+        f"are in {paths.root}"
+    )
+
+
 def started(paths: RunPaths) -> int:
     """Say that an attempt has been started and is left alone; exit code 0."""
     make_console().print(f"started; the same command follows it, and its files are in {paths.root}")
     return 0
 
 
-def summary_rows(paths: RunPaths, run: RunConfig, outcome: dict[str, Any] | None, *, attempts: int) -> dict[str, str]:
+def summary_rows(paths: RunPaths, run: RunConfig, outcome: Outcome | None) -> dict[str, str]:
     """The summary's lines, by name."""
-    restarts = outcome["restarts"] if outcome else 0
+    numbers = paths.attempt_numbers()
+    restarts = outcome.restarts if outcome else 0
     rows = {
         "run": run.name,
-        "attempts": f"{attempts}" + (f"; ranks started again in place {restarts} time(s)" if restarts else ""),
+        "attempts": f"{len(numbers)}" + (f"; ranks started again in place {restarts} time(s)" if restarts else ""),
         **progress_rows(paths, run, outcome),
     }
-    if outcome and outcome["checkpoint"]:
-        verified = "read back, every digest matches" if outcome["checkpoint_verified"] else "NOT verified"
-        rows["checkpoint"] = f"{outcome['checkpoint']}: {verified}"
+    if outcome and outcome.checkpoint:
+        verified = "read back, every digest matches" if outcome.checkpoint_verified else "NOT verified"
+        rows["checkpoint"] = f"{outcome.checkpoint}: {verified}"
     rows["directory"] = str(paths.root)
-    logs = paths.attempt(attempts - 1).rank_logs(0) if attempts else paths.submitit
-    rows["logs"] = str(logs.parent if attempts and run.nodes > 1 else logs)
-    rows["ended"] = outcome["message"] if outcome else f"the job ended without a word; see {paths.submitit}"
+    logs = paths.attempt(numbers[-1]).rank_logs(0) if numbers else paths.submitit
+    rows["logs"] = str(logs.parent if numbers and run.nodes > 1 else logs)
+    rows["ended"] = outcome.message if outcome else f"the job ended without a word; see {paths.submitit}"
+    full = why_full(paths)
+    if full:
+        rows["disk"] = full
     rows["next"] = what_next(paths, outcome)
     return rows
 
 
-def progress_rows(paths: RunPaths, run: RunConfig, outcome: dict[str, Any] | None) -> dict[str, str]:
+def progress_rows(paths: RunPaths, run: RunConfig, outcome: Outcome | None) -> dict[str, str]:
     """Steps, loss and speed, as far as there are any."""
     steps = merged_steps(paths)
     if not steps:
         return {}
     rows = {"steps": f"{steps[-1]['step']:,} of {run.num_train_steps:,}; {steps[-1]['tokens_seen']:,} tokens"}
     spark = sparkline([record["loss"] for record in steps])
-    if outcome and outcome["first_loss"] is not None:
-        first, last = outcome["first_loss"], outcome["last_loss"]
+    if outcome and outcome.first_loss is not None and outcome.last_loss is not None:
+        first, last = outcome.first_loss, outcome.last_loss
         asked = f", at least {run.phase.min_loss_decrease:g} asked" if run.phase else ""
         rows["loss"] = f"{first:.4f} -> {last:.4f}  {spark}  fell by {first - last:.4f}{asked}"
     else:
@@ -134,14 +158,18 @@ def progress_rows(paths: RunPaths, run: RunConfig, outcome: dict[str, Any] | Non
     return rows
 
 
-def what_next(paths: RunPaths, outcome: dict[str, Any] | None) -> str:
+def what_next(paths: RunPaths, outcome: Outcome | None) -> str:
     """The command to type next."""
-    cause = outcome["cause"] if outcome else ""
-    if outcome and cause == "complete":
-        return f"python -m encdec.checkpoints verify {paths.checkpoints / outcome['checkpoint']}"
+    cause = outcome.cause if outcome else ""
+    if outcome and outcome.checkpoint and cause == "complete":
+        return f"python -m encdec.checkpoints verify {shlex.quote(str(paths.checkpoints / outcome.checkpoint))}"
     if cause in ("refused", "gate"):
-        return "correct what the line above names, then give the same command again"
-    return "give the same command again: it continues from the newest valid checkpoint"
+        return (
+            "correct what the line above names, then give the command again; another configuration is another run: "
+            "with another --run-dir or --name, if one was given"
+        )
+    first = "free space, then " if why_full(paths) else ""
+    return f"{first}give the same command again: it continues from the newest valid checkpoint"
 
 
 def merged_steps(paths: RunPaths) -> list[dict[str, Any]]:
@@ -152,9 +180,13 @@ def merged_steps(paths: RunPaths) -> list[dict[str, Any]]:
 
 
 def sparkline(values: list[float], width: int = 24) -> str:
-    """``values`` as ``width`` bars, each the mean of its share."""
+    """``values`` as ``width`` bars, each the mean of its share; values that are no numbers are left out."""
+    values = [value for value in values if math.isfinite(value)]
+    if not values:
+        return ""
+    sparks = SPARKS if "utf" in (sys.stdout.encoding or "").lower() else ASCII_SPARKS
     width = min(width, len(values))
     shares = [values[len(values) * i // width : len(values) * (i + 1) // width] for i in range(width)]
     means = [sum(share) / len(share) for share in shares]
     low, span = min(means), (max(means) - min(means)) or 1.0
-    return "".join(SPARKS[min(7, int((mean - low) / span * 8))] for mean in means)
+    return "".join(sparks[min(7, int((mean - low) / span * 8))] for mean in means)

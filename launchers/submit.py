@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from pathlib import Path
 
 from encdec.errors import EncdecError
 from encdec.files import RunPaths
 from encdec.training.execution import TrainingPhase
-from encdec.training.run_config import RunConfig, require_same_run, resolve_run
-from launchers import local, remote, show
+from encdec.training.run_config import require_same_run, resolve_run
+from launchers import show
 from launchers.arguments import parse_submit
 from launchers.cluster import choose_cluster, require_devices, require_text
-from launchers.plan import Plan, make_plan
-from launchers.run_directory import make_run_directory, read_status
-
-ROOT = Path("runs")
+from launchers.interrupts import INTERRUPTED
+from launchers.plan import make_plan
+from launchers.run_directory import choose_directory, make_run_directory, usable
+from launchers.start import run_phase
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns an exit code of encdec.errors.ExitCode."""
+    """Returns an exit code of encdec.errors.ExitCode, or 130 after Ctrl-C."""
+    show.make_printable()
     try:
         return submit(parse_submit(argv))
     except EncdecError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; nothing has been started", file=sys.stderr)
+        return INTERRUPTED
 
 
 def submit(arguments: Namespace) -> int:
@@ -42,43 +45,15 @@ def submit(arguments: Namespace) -> int:
     if cluster == "local":
         require_devices(run)
     require_text(run)
-    paths = RunPaths((arguments.run_dir or ROOT / run.name).absolute())
-    if arguments.resume == "never":
-        paths = unused_directory(paths)
+    paths = RunPaths(choose_directory(arguments.run_dir, run.name, new=arguments.resume == "never"))
     plan = make_plan(run, run_dir=str(paths.root), cluster=cluster, why_cluster=why)
-    exists = paths.root.exists() and any(paths.root.iterdir())
-    if exists:
-        require_same_run(paths, run)
-    fresh = not (arguments.dry_run or paths.run_yaml.is_file())
-    if fresh:
-        make_run_directory(paths, run, plan)
-    show.plan(plan, continues=exists)
-    return 0 if arguments.dry_run else run_phase(paths, run, plan, arguments, fresh=fresh)
-
-
-def run_phase(paths: RunPaths, run: RunConfig, plan: Plan, arguments: Namespace, *, fresh: bool) -> int:
-    """Start an attempt unless one lives or all is done; follow it if asked. A fresh directory goes if Slurm refuses."""
-    status = read_status(paths)
-    if status.complete:
-        return show.summary(paths, already=True)
-    job = remote.live_job(paths)
-    if status.running or (plan.cluster == "local" and job is None):
-        return local.run_here(paths, run, wait=arguments.wait is not False)
-    if job is None:
-        with remote.removed_if_refused(paths, fresh=fresh):
-            job = remote.start(paths, run, arguments.sbatch)
-    else:
-        show.followed(job, paths)
-    return remote.follow(paths, job, total_steps=run.num_train_steps) if arguments.wait else show.queued(job, paths)
-
-
-def unused_directory(paths: RunPaths) -> RunPaths:
-    """``paths`` if it is free, else the first of its name with -2, -3, ... that is."""
-    root, number = paths.root, 1
-    while root.exists():
-        number += 1
-        root = paths.root.with_name(f"{paths.root.name}-{number}")
-    return RunPaths(root)
+    with usable(paths):
+        exists = paths.root.exists() and any(paths.root.iterdir())
+        fresh = not exists and not arguments.dry_run and make_run_directory(paths, run, plan)
+        if exists or not (fresh or arguments.dry_run):
+            require_same_run(paths, run)
+        show.plan(plan, continues=exists)
+        return 0 if arguments.dry_run else run_phase(paths, run, plan, arguments, fresh=fresh)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,45 @@
+"""One run, one attempt at a time: find the one that lives, or start the next, here or on Slurm."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from encdec.files import RunPaths
+from encdec.training.run_config import RunConfig
+from launchers import local, remote, show
+from launchers.interrupts import Interrupts
+from launchers.plan import Plan
+from launchers.run_status import only_starter, read_status, require_not_elsewhere
+
+
+def run_phase(paths: RunPaths, run: RunConfig, plan: Plan, arguments: Namespace, *, fresh: bool) -> int:
+    """Start an attempt unless one lives or all is done; follow it if asked."""
+    if read_status(paths).complete:
+        return show.summary(paths, already=True)
+    with Interrupts() as interrupts:
+        with only_starter(paths):
+            job = find_or_start(paths, run, plan, arguments, fresh=fresh)
+        if job is None and arguments.wait is not False:
+            return local.follow(paths, interrupts, total_steps=run.num_train_steps)
+    if job is None:
+        return show.started(paths)
+    if arguments.wait and not interrupts.count:
+        return remote.follow(paths, job, total_steps=run.num_train_steps)
+    return show.queued(job, paths)
+
+
+def find_or_start(paths: RunPaths, run: RunConfig, plan: Plan, arguments: Namespace, *, fresh: bool) -> str | None:
+    """The Slurm job that is the run's, queued now or before; None: it runs on this machine, started now or before."""
+    status, job = read_status(paths), remote.live_job(paths)
+    if status.running:
+        show.attached(paths)
+        return None
+    if job is not None:
+        show.followed(job, paths)
+        return job
+    require_not_elsewhere(paths, status)
+    if plan.cluster == "local":
+        local.start(paths, run)
+        return None
+    with remote.removed_if_refused(paths, fresh=fresh):
+        return remote.start(paths, run, arguments.sbatch)
