@@ -200,8 +200,23 @@ class RunPaths:
 
     @property
     def job(self) -> Path:
-        """Which Slurm job runs the run (a JobRecord)."""
+        """The newest submission to Slurm (a JobRecord; the launcher writes it, before sbatch and after)."""
         return self.root / "job.json"
+
+    @property
+    def continuation(self) -> Path:
+        """Which job runs the run now, and which waits for its end (a ContinuationRecord; its head task writes it)."""
+        return self.root / "continuation.json"
+
+    @property
+    def launch(self) -> Path:
+        """How the run is launched and continued (a LaunchOptions)."""
+        return self.root / "launch.json"
+
+    @property
+    def sbatch(self) -> Path:
+        """The script that Slurm got, whole: a successor gets the same."""
+        return self.root / "submit.sbatch"
 
     @property
     def sanity_report(self) -> Path:

@@ -180,11 +180,25 @@ class ProcessRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class JobRecord:
-    """Which Slurm job runs a run: ``job.json``."""
+    """The newest submission of a run to Slurm: ``job.json``."""
 
-    job: str
+    submission: str
+    """Random; part of the job's comment, by which a job is found whose id never reached us."""
+    job: str | None
+    """Job id; None while sbatch has not answered."""
     submitted: float
     """Seconds since the epoch."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContinuationRecord:
+    """Which job runs a run, and which one waits for its end: ``continuation.json``."""
+
+    job: str
+    successor: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

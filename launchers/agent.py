@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -22,6 +22,9 @@ from launchers.outcomes import AttemptFacts
 from launchers.rank import run_rank
 
 FORWARDED = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+DEADLINE = "the time limit"
+"""In place of a signal's name."""
+WARNINGS = ("SIGUSR2", DEADLINE)
 SECONDS_BETWEEN_FORWARDS = 1.0
 SECONDS_BETWEEN_HEARTBEATS = 10.0
 
@@ -32,10 +35,21 @@ class NodeAgent:
     Args:
         job: what to run.
         paths: the attempt's folder.
+        deadline: asked at every look: whether the time is up although no signal says so.
+        warned: called once, after the ranks, when the time is running out.
     """
 
-    def __init__(self, job: NodeJob, paths: AttemptPaths) -> None:
+    def __init__(
+        self,
+        job: NodeJob,
+        paths: AttemptPaths,
+        *,
+        deadline: Callable[[], bool] = lambda: False,
+        warned: Callable[[JsonLinesWriter], None] = lambda ledger: None,
+    ) -> None:
         self.job, self.paths = job, paths
+        self._deadline, self._warned = deadline, warned
+        self._told_of_warning = False
         self.failures: list[str] = []
         self.stop_signal: str | None = None
         self._events = JsonLinesWriter(paths.events(f"node-{job.node_rank}"))
@@ -90,9 +104,15 @@ class NodeAgent:
             self._next_heartbeat = now + SECONDS_BETWEEN_HEARTBEATS
             with told_if_refused():
                 self.paths.heartbeat(self.job.node_rank).touch()
+        if self.stop_signal is None and self._deadline():
+            self.stop_signal = DEADLINE
         if self.stop_signal and now >= self._next_forward:
             self._next_forward = now + SECONDS_BETWEEN_FORWARDS  # again and again: a rank may not have listened yet
             self._forward()
+        if self.stop_signal in WARNINGS and not self._told_of_warning:
+            self._told_of_warning = True
+            with told_if_refused():
+                self._warned(self._events)
 
     def _tell(self, kind: str, **facts: Any) -> None:
         """A line in the ledger."""

@@ -6,12 +6,12 @@ start (job, restart count, step), which no later start can mistake for its own; 
 
 from __future__ import annotations
 
-import json
 import os
 import socket
+import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
@@ -34,12 +34,33 @@ class Allocation:
     """What Slurm told this task."""
 
     job: str
+    restarts: int
+    """Times that Slurm has started the job before."""
     start: str
     """``<job>.<restart count>.<step>``: names one start of the job for ever."""
     nodes: int
     node_rank: int
     """0 on the head node."""
     nodelist: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Announcement:
+    """What the head node tells the others about this start of the job."""
+
+    attempt: int | None = None
+    """Number of the attempt; None: it declined."""
+    exit_code: int = 0
+    """If it declined."""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Declined:
+    """Why a start of a job runs no attempt."""
+
+    reason: str
+    exit_code: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,20 +83,12 @@ def read_allocation(environment: Mapping[str, str]) -> Allocation | None:
     job, restart, step = (environment.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "RESTART_COUNT", "STEP_ID"))
     return Allocation(
         job=job,
+        restarts=int(restart),
         start=f"{job}.{restart}.{step}",
         nodes=int(environment.get("SLURM_STEP_NUM_NODES") or environment.get("SLURM_JOB_NUM_NODES", "1")),
         node_rank=int(environment.get("SLURM_NODEID", "0")),
         nodelist=environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", ""),
     )
-
-
-def take_seat(allocation: Allocation, paths: RunPaths) -> Seat:
-    """Claim the attempt (head node), or learn which one this start of the job runs (the others).
-
-    Raises:
-        EncdecError: the head node did not tell within SECONDS_TO_BE_TOLD.
-    """
-    return lead(allocation, paths) if allocation.node_rank == 0 else join(allocation, paths)
 
 
 def lead(allocation: Allocation, paths: RunPaths) -> Seat:
@@ -88,12 +101,23 @@ def lead(allocation: Allocation, paths: RunPaths) -> Seat:
         endpoint = f"{address}:{free_port(int(allocation.job))}"
     number = paths.claim_attempt()
     identify_process(paths.attempt(number).process, job=allocation.job, start=allocation.start, endpoint=endpoint)
-    atomic_write_json(announcement(allocation, paths), {"attempt": number})
+    atomic_write_json(announcement(allocation, paths), asdict(Announcement(attempt=number)))
     return Seat(attempt=number, endpoint=endpoint, address=address, interface=interface)
 
 
-def join(allocation: Allocation, paths: RunPaths) -> Seat:
-    """Wait for the head node's announcement."""
+def decline(allocation: Allocation, paths: RunPaths, declined: Declined) -> None:
+    """Tell the other nodes, and whoever reads the log, that this start runs no attempt."""
+    print(f"no attempt: {declined.reason}", file=sys.stderr, flush=True)
+    told = Announcement(exit_code=declined.exit_code, reason=declined.reason)
+    atomic_write_json(announcement(allocation, paths), asdict(told))
+
+
+def join(allocation: Allocation, paths: RunPaths) -> Seat | int:
+    """Wait for the head node's announcement; an exit code if it declined.
+
+    Raises:
+        EncdecError: it did not tell within SECONDS_TO_BE_TOLD.
+    """
     told = announcement(allocation, paths)
     deadline = time.monotonic() + SECONDS_TO_BE_TOLD
     while told.name not in os.listdir(told.parent):  # NFS caches the absence of a name until its folder is opened
@@ -104,7 +128,10 @@ def join(allocation: Allocation, paths: RunPaths) -> Seat:
                 remedy="See the log of the job's first task, and that all nodes see the same run directory",
             )
         time.sleep(SECONDS_BETWEEN_LOOKS)
-    number = json.loads(told.read_text())["attempt"]
+    said = read_record(told, Announcement)
+    if said.attempt is None:
+        return said.exit_code
+    number = said.attempt
     endpoint = read_record(paths.attempt(number).process, ProcessRecord).endpoint
     assert endpoint is not None, "the head node of a Slurm job says where the nodes meet"
     address = address_towards(endpoint.rpartition(":")[0])

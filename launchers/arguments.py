@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from encdec.errors import ConfigError
 from encdec.training.execution import TrainingPhase
+from launchers.launch_options import CONTINUE_BY, DEFAULT_MAX_ATTEMPTS
 
 SLURM_TIME = re.compile(r"\d+(:[0-5]?\d){0,2}|\d+-\d{1,2}(:[0-5]?\d){0,2}")
 SBATCH_FLAGS = {
@@ -23,6 +24,7 @@ SBATCH_FLAGS = {
     "constraint": ("FEATURES", "features that every node must have"),
     "reservation": ("NAME", "reservation"),
     "exclude": ("NODES", "nodes that must not be used"),
+    "mem": ("SIZE", "memory of each node (default: the partition's)"),
     "cpus-per-task": ("N", "CPUs of each node's one task (default: one a rank and one a data worker)"),
 }
 """Passed to sbatch as they are, if given."""
@@ -93,6 +95,18 @@ def parse_submit(argv: list[str] | None) -> argparse.Namespace:
     slurm = parser.add_argument_group("Slurm")
     for flag, (metavar, text) in SBATCH_FLAGS.items():
         slurm.add_argument(f"--{flag}", metavar=metavar, help=text)
+    slurm.add_argument(
+        "--continue-by",
+        choices=CONTINUE_BY,
+        default="requeue",
+        help="at the time limit: the same job again, or a successor that was queued in advance and waits for its end",
+    )
+    slurm.add_argument(
+        "--max-attempts",
+        type=int,
+        default=DEFAULT_MAX_ATTEMPTS,
+        help="attempts of the run after which nothing continues it by itself",
+    )
     how = parser.add_argument_group("how")
     how.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
     how.add_argument(
@@ -117,7 +131,8 @@ def parse_submit(argv: list[str] | None) -> argparse.Namespace:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    for flag, value in (("--nodes", arguments.nodes), ("--gpus-per-node", arguments.gpus_per_node)):
+    for flag in ("--nodes", "--gpus-per-node", "--max-attempts"):
+        value = getattr(arguments, flag.removeprefix("--").replace("-", "_"))
         if value is not None and value < 1:
             raise ConfigError(f"{flag} must be at least 1", found=value, remedy=f"Give {flag} a positive number")
     if arguments.name is not None and not SAFE_NAME.fullmatch(arguments.name):

@@ -1,4 +1,4 @@
-"""One node's part of an attempt: claim or join it, run the agent, judge, write the outcome, requeue."""
+"""One node's part of an attempt: claim or join it, run the agent, judge, write the outcome, see to what follows."""
 
 from __future__ import annotations
 
@@ -8,14 +8,23 @@ from pathlib import Path
 
 import encdec
 from encdec.errors import RunDirectoryError
-from encdec.files import AttemptPaths, RunPaths, atomic_write_json
-from encdec.records import JsonLinesWriter, Outcome, event
+from encdec.files import RunPaths, atomic_write_json
+from encdec.records import JsonLinesWriter, event
 from encdec.training.run_config import RunConfig, read_run_config
-from launchers import slurm
 from launchers.agent import NodeAgent
-from launchers.allocation import Allocation, head_exit_code, identify_process, read_allocation, take_seat
+from launchers.allocation import (
+    Allocation,
+    Seat,
+    decline,
+    head_exit_code,
+    identify_process,
+    join,
+    lead,
+    read_allocation,
+)
+from launchers.continuation import Continuation, Deadline
 from launchers.node import NodeJob
-from launchers.outcomes import judge, wants_requeue
+from launchers.outcomes import judge
 
 MAX_FRUITLESS_RESTARTS = 3
 """Restarts in place without a new step before the attempt is given up."""
@@ -26,17 +35,51 @@ def run_attempt(paths: RunPaths) -> int:
     require_own_code(paths)
     run = read_run_config(paths)
     allocation = read_allocation(os.environ)
-    job = slurm_job(run, paths, allocation) if allocation else local_job(run, paths)
+    if allocation is None:
+        job = local_job(run, paths)
+        return lead_attempt(paths, job, NodeAgent(job, paths.attempt(job.attempt)), None)
+    if allocation.node_rank > 0:
+        return follow_attempt(paths, run, allocation)
+    continuation = Continuation(paths, allocation)
+    declined = continuation.decline()
+    if declined:
+        decline(allocation, paths, declined)
+        return declined.exit_code
+    job = slurm_job(run, paths, lead(allocation, paths), allocation)
     attempt = paths.attempt(job.attempt)
-    agent = NodeAgent(job, attempt)
+    with JsonLinesWriter(attempt.events("node-0")) as ledger:
+        continuation.begin(ledger)
+    deadline = Deadline(allocation.job, continuation.options.lead_seconds)
+    agent = NodeAgent(job, attempt, deadline=deadline.passed, warned=continuation.warned)
+    return lead_attempt(paths, job, agent, continuation)
+
+
+def lead_attempt(paths: RunPaths, job: NodeJob, agent: NodeAgent, continuation: Continuation | None) -> int:
+    """The head node's part: run, write the outcome, see to what follows, and write the ledger's last line, for which
+    the other nodes wait.
+    """
+    attempt = paths.attempt(job.attempt)
     outcome = judge(agent.run())
-    if job.node_rank > 0:
-        code = head_exit_code(attempt.events("node-0"))
-        return outcome.exit_code if code is None else code
     atomic_write_json(attempt.outcome, outcome.to_json())
-    again = allocation is not None and wants_requeue(outcome, agent.stop_signal)
-    close(attempt, job, outcome, requeue=allocation.job if allocation and again else None)
+    with JsonLinesWriter(attempt.events("node-0")) as ledger:
+        if continuation:
+            continuation.end(outcome, agent.stop_signal, ledger)
+        ledger.write(
+            event("ended", attempt=job.attempt, cause=outcome.cause, exit_code=outcome.exit_code, step=outcome.step)
+        )
     return outcome.exit_code
+
+
+def follow_attempt(paths: RunPaths, run: RunConfig, allocation: Allocation) -> int:
+    """Another node's part: join what the head node has announced, run, and end as it ends."""
+    seat = join(allocation, paths)
+    if isinstance(seat, int):
+        return seat
+    job = slurm_job(run, paths, seat, allocation)
+    attempt = paths.attempt(job.attempt)
+    outcome = judge(NodeAgent(job, attempt).run())
+    code = head_exit_code(attempt.events("node-0"))
+    return outcome.exit_code if code is None else code
 
 
 def require_own_code(paths: RunPaths) -> None:
@@ -71,9 +114,8 @@ def local_job(run: RunConfig, paths: RunPaths) -> NodeJob:
     )
 
 
-def slurm_job(run: RunConfig, paths: RunPaths, allocation: Allocation) -> NodeJob:
-    """Claim or join the attempt of this start of the Slurm job."""
-    seat = take_seat(allocation, paths)
+def slurm_job(run: RunConfig, paths: RunPaths, seat: Seat, allocation: Allocation) -> NodeJob:
+    """This node's part of the attempt of this start of the Slurm job."""
     return NodeJob(
         run_dir=str(paths.root),
         attempt=seat.attempt,
@@ -86,14 +128,3 @@ def slurm_job(run: RunConfig, paths: RunPaths, allocation: Allocation) -> NodeJo
         address=seat.address,
         interface=seat.interface,
     )
-
-
-def close(attempt: AttemptPaths, job: NodeJob, outcome: Outcome, *, requeue: str | None) -> None:
-    """Requeue the Slurm job if it is to go on, then write the ledger's last line, for which the other nodes wait."""
-    with JsonLinesWriter(attempt.events("node-0")) as ledger:
-        if requeue:
-            problem = slurm.requeue(requeue)
-            ledger.write(event("requeue_refused" if problem else "requeued", job=requeue, detail=problem))
-        ledger.write(
-            event("ended", attempt=job.attempt, cause=outcome.cause, exit_code=outcome.exit_code, step=outcome.step)
-        )

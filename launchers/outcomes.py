@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 from encdec.errors import ExitCode
 from encdec.records import Outcome, Refusal
+from launchers.slurm import Ending
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +33,31 @@ EXIT_CODE_OF_CAUSE = {
 }
 
 
-def wants_requeue(outcome: Outcome, stop_signal: str | None) -> bool:
-    """Whether Slurm is to run the job again. SIGTERM is a user's scancel, which is final, or a preemption, after which
-    Slurm requeues the job itself; None: another node was signalled.
+class Move(StrEnum):
+    """What a start of a Slurm job is followed by."""
+
+    STOP = "stop"
+    """Nothing: the work is done, or a person must look."""
+    AGAIN = "again"
+    """Another start, of our doing."""
+    LEAVE = "leave"
+    """What Slurm does by itself; a successor that waits already decides when it starts."""
+
+
+def next_move(outcome: Outcome, stop_signal: str | None, ending: Ending) -> Move:
+    """Pure: how the attempt ended and why Slurm ends the job, if it does, -> what follows.
+
+    Args:
+        stop_signal: the last signal that this node's agent got; None also where only another node was signalled.
+        ending: what Slurm says after SIGTERM, which it sends for a scancel, a preemption and a requeue alike.
     """
-    return outcome.cause == "signalled" and stop_signal in ("SIGUSR2", None)
+    if outcome.cause != "signalled" or ending is Ending.CANCELLED:
+        return Move.STOP
+    if stop_signal == "SIGINT":
+        return Move.STOP
+    if stop_signal in ("SIGTERM", "SIGHUP") and ending is not Ending.TIME_LIMIT:
+        return Move.LEAVE
+    return Move.AGAIN
 
 
 def judge(facts: AttemptFacts) -> Outcome:

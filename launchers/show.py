@@ -70,13 +70,18 @@ def plan(plan: Plan, *, continues: bool) -> None:
     )
 
 
-def summary(paths: RunPaths, *, already: bool = False) -> int:
-    """Print how the run stands and what to type next; returns the exit code of its newest attempt."""
+def summary(paths: RunPaths, *, already: bool = False, cancelled: bool = False) -> int:
+    """Print how the run stands and what to type next; returns the exit code of its newest attempt.
+
+    Args:
+        already: nothing was left to do.
+        cancelled: a user has cancelled the job.
+    """
     run = read_run_config(paths)
     newest = paths.newest_attempt()
     written = newest is not None and paths.attempt(newest).outcome.is_file()
     outcome = read_record(paths.attempt(newest).outcome, Outcome) if newest is not None and written else None
-    cause = outcome.cause if outcome else "ended without an outcome"
+    cause = "cancelled by user" if cancelled else outcome.cause if outcome else "ended without an outcome"
     title = f"{run.phase.phase if run.phase else 'training'}: {cause}{' (nothing left to do)' if already else ''}"
     color = "green" if cause == "complete" else "red"
     rows = table_of(summary_rows(paths, run, outcome))
@@ -98,7 +103,7 @@ def queued(job: str, paths: RunPaths) -> int:
     """Say that a Slurm job is left alone, and how to follow, see and stop it; exit code 0."""
     make_console().print(
         f"job {job}: the same command with --wait follows it, squeue -j {job} shows it, "
-        f"touch {paths.stop_request} saves and stops it; submitted as {paths.root / 'submit.sbatch'}"
+        f"touch {paths.stop_request} saves and stops it; submitted as {paths.sbatch}"
     )
     return 0
 

@@ -1,14 +1,19 @@
 """The only module that runs Slurm commands or knows their output formats.
 
-Columns are asked for by name, never as JSON, whose schema changes between releases. Only sbatch is run by submitit.
+Columns are asked for by name, never as JSON, whose schema changes between releases. A run's first sbatch is submitit's.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
 
 from encdec.errors import EncdecError, MissingPrerequisite
 
@@ -17,6 +22,9 @@ COMMAND_TIMEOUT_SECONDS = 20
 REQUEUE_TRIES = 3
 SECONDS_BETWEEN_REQUEUE_TRIES = 5.0
 """A controller that is down for a moment refuses a requeue with a misleading text."""
+
+KEPT = frozenset({"SLURM_CONF", "SLURM_JWT", "SLURM_CLUSTERS"})
+"""Which cluster, and as whom: not facts of the job that this shell may be part of."""
 
 UNKNOWN = "UNKNOWN"
 """Nobody could be asked. The job may live."""
@@ -40,16 +48,24 @@ class Answer:
     """Its last word if it failed."""
 
 
-def ask(*command: str) -> Answer:
-    """Run one Slurm command in this process's environment; failing is an answer, too."""
+def ask(*command: str, environment: Mapping[str, str] | None = None) -> Answer:
+    """Run one Slurm command, in this process's environment unless another is given; failing is an answer, too."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_SECONDS, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_SECONDS, check=False, env=environment
+        )
     except FileNotFoundError:
         return Answer(False, "", f"no {command[0]} on PATH")
     except (OSError, subprocess.TimeoutExpired) as error:
         return Answer(False, "", f"{' '.join(command[:2])} failed ({type(error).__name__})")
     last_line = (done.stdout + done.stderr).strip().rpartition("\n")[2].strip()
     return Answer(done.returncode == 0, done.stdout, last_line or f"{' '.join(command[:2])} exited {done.returncode}")
+
+
+def outside_any_job(environment: Mapping[str, str]) -> dict[str, str]:
+    """``environment`` without what a surrounding job or the user's defaults would lay over a job's own script."""
+    stray = ("SLURM_", "SBATCH_", "SRUN_", "SUBMITIT_")
+    return {name: value for name, value in environment.items() if name in KEPT or not name.startswith(stray)}
 
 
 def why_no_controller() -> str | None:
@@ -114,6 +130,75 @@ def requeue(job: str) -> str | None:
             return None
         problem = answer.problem
     return problem
+
+
+class Ending(StrEnum):
+    """Why Slurm ends a job, as far as it says so while the job's tasks still run."""
+
+    CANCELLED = "cancelled"
+    """By scancel: final."""
+    REQUEUE = "requeue"
+    """Preempted, or requeued by an administrator: Slurm runs the job again by itself."""
+    TIME_LIMIT = "time limit"
+    NONE = "none"
+    """It does not end the job, or nobody could be asked."""
+
+
+def job_facts(job: str) -> dict[str, str]:
+    """Fields of ``scontrol show job``; empty if it does not answer. A value with blanks is cut at the first."""
+    answer = ask("scontrol", "--oneliner", "show", "job", job)
+    pairs = (word.partition("=") for word in answer.out.split()) if answer.ok else ()
+    return {name: value for name, _, value in pairs}
+
+
+def why_ending(facts: Mapping[str, str], *, restarts: int, now: float) -> Ending:
+    """Read the reason from a job's fields, as a task of its start number ``restarts`` sees them after SIGTERM.
+
+    A job on its way to be requeued already counts one restart more; a cancelled one has been given an end that is past.
+    """
+    if not facts:
+        return Ending.NONE
+    if facts.get("Reason") == "TimeLimit":
+        return Ending.TIME_LIMIT
+    end = parse_time(facts.get("EndTime", ""))
+    if int(facts.get("Restarts", "0")) > restarts or (end is None and facts.get("JobState") != "RUNNING"):
+        return Ending.REQUEUE
+    if facts.get("JobState") in ("CANCELLED", "COMPLETING") and end is not None and end <= now + 1:
+        return Ending.CANCELLED
+    return Ending.NONE
+
+
+def end_time(job: str) -> float | None:
+    """When the job's time is up, seconds since the epoch; None if nobody can say."""
+    return parse_time(job_facts(job).get("EndTime", ""))
+
+
+def parse_time(text: str) -> float | None:
+    """Slurm's local time, 2026-11-21T09:18:23, as seconds since the epoch; None for Unknown or nonsense."""
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except ValueError:
+        return None
+
+
+def submit(script: Path, *flags: str) -> Answer:
+    """sbatch, as if from outside any job; ``out`` is the new job's id."""
+    answer = ask("sbatch", "--parsable", *flags, str(script), environment=outside_any_job(os.environ))
+    return Answer(answer.ok, answer.out.strip().partition(";")[0], answer.problem)
+
+
+def cancel(job: str) -> str | None:
+    """scancel; None if it worked, else why not."""
+    answer = ask("scancel", job)
+    return None if answer.ok else answer.problem
+
+
+def find_job(name: str, comment: str) -> str | None:
+    """Id of this user's newest job with that name and comment that waits, runs or ended lately; None: there is none."""
+    answer = ask("squeue", "--noheader", "--me", "--states=all", f"--name={name}", "--format=%i|%k")
+    found = [line.partition("|") for line in answer.out.splitlines()] if answer.ok else []
+    ids = [job for job, _, said in found if said.strip() == comment]
+    return max(ids, key=int, default=None)
 
 
 def refusal(text: str) -> str:

@@ -6,8 +6,10 @@ from argparse import Namespace
 
 from encdec.files import RunPaths
 from encdec.training.run_config import RunConfig
-from launchers import local, remote, show
+from launchers import local, remote, show, watch
 from launchers.interrupts import Interrupts
+from launchers.jobs import live_job
+from launchers.launch_options import launch_options
 from launchers.plan import Plan
 from launchers.run_status import only_starter, read_status, require_not_elsewhere
 
@@ -24,13 +26,14 @@ def run_phase(paths: RunPaths, run: RunConfig, plan: Plan, arguments: Namespace,
     if job is None:
         return show.started(paths)
     if arguments.wait and not interrupts.count:
-        return remote.follow(paths, job, total_steps=run.num_train_steps)
+        return watch.follow(paths, total_steps=run.num_train_steps)
     return show.queued(job, paths)
 
 
 def find_or_start(paths: RunPaths, run: RunConfig, plan: Plan, arguments: Namespace, *, fresh: bool) -> str | None:
     """The Slurm job that is the run's, queued now or before; None: it runs on this machine, started now or before."""
-    status, job = read_status(paths), remote.live_job(paths)
+    remote.reconcile(paths, run)
+    status, job = read_status(paths), live_job(paths)
     if status.running:
         show.attached(paths)
         return None
@@ -42,4 +45,4 @@ def find_or_start(paths: RunPaths, run: RunConfig, plan: Plan, arguments: Namesp
         local.start(paths, run)
         return None
     with remote.removed_if_refused(paths, fresh=fresh):
-        return remote.start(paths, run, arguments.sbatch)
+        return remote.start(paths, run, arguments.sbatch, launch_options(paths, arguments))

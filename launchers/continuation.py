@@ -1,0 +1,176 @@
+"""What follows one start of a Slurm job: nothing, the same job again, or its successor. Its head task decides.
+
+A successor is a job that waits for the end of this one (``--dependency=afterany``), however it ends. By requeue it is
+only the net: queued when the warning comes, cancelled when Slurm has taken the job back, there if the save is slower
+than the warning or requeueing is forbidden. It looks before it runs: after a user's scancel it does nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from dataclasses import dataclass, field
+
+from encdec.errors import ExitCode
+from encdec.files import RunPaths, atomic_write_json
+from encdec.records import ContinuationRecord, JsonLinesWriter, Outcome, event, read_json_lines, read_record
+from launchers import slurm
+from launchers.allocation import Allocation, Declined
+from launchers.launch_options import PastAttempt, read_launch_options, why_given_up
+from launchers.outcomes import Move, next_move
+from launchers.run_status import read_status
+
+SECONDS_BETWEEN_DEADLINE_LOOKS = 1.0
+
+
+@dataclass
+class Continuation:
+    """One start of a job and what follows it.
+
+    Args:
+        paths: the run directory.
+        allocation: this start.
+    """
+
+    paths: RunPaths
+    allocation: Allocation
+    _successor: str | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.options = read_launch_options(self.paths)
+
+    # ---- before the attempt
+
+    def decline(self) -> Declined | None:
+        """Why no attempt should be claimed, or None; asks Slurm only if another job has run the run before."""
+        if read_status(self.paths).complete:
+            return Declined("the run is complete", ExitCode.COMPLETE)
+        reason = why_given_up(self.options, past_attempts(self.paths))
+        if reason:
+            return Declined(f"given up after {reason}", ExitCode.CRASHED)
+        before = self._record()
+        if before is None or before.job == self.allocation.job:
+            return None
+        state = slurm.job_state(before.job)
+        if before.successor == self.allocation.job and state == "CANCELLED":
+            return Declined(f"job {before.job}, which this one was to continue, was cancelled", ExitCode.COMPLETE)
+        if before.successor != self.allocation.job and state not in slurm.END_STATES:
+            return Declined(f"job {before.job}, which is {state}, runs this run", ExitCode.CONFIG_WRONG)
+        return None
+
+    def begin(self, ledger: JsonLinesWriter) -> None:
+        """This start runs the run now. A successor that waits for an earlier start is not needed any more."""
+        before = self._record()
+        if before and before.successor and before.successor != self.allocation.job:
+            self._successor = before.successor
+            self._cancel_successor(ledger)
+        self._write()
+        if self.options.continue_by == "successor":
+            self._queue_successor(ledger)
+
+    # ---- when it is warned
+
+    def warned(self, ledger: JsonLinesWriter) -> None:
+        """Time is running out: spread the net before the save, which may take longer than there is time."""
+        if self._successor is None and not self._given_up():
+            self._queue_successor(ledger)
+
+    # ---- after its outcome
+
+    def end(self, outcome: Outcome, stop_signal: str | None, ledger: JsonLinesWriter) -> None:
+        """Do what is to follow, and write down what it was."""
+        ending = slurm.Ending.NONE
+        if stop_signal == "SIGTERM":
+            facts = slurm.job_facts(self.allocation.job)
+            ending = slurm.why_ending(facts, restarts=self.allocation.restarts, now=time.time())
+        move = next_move(outcome, stop_signal, ending)
+        reason = self._given_up() if move is Move.AGAIN else None
+        ledger.write(event("next", move="stop" if reason else move, ending=ending, given_up=reason))
+        if (
+            move is Move.STOP
+            or reason
+            or (move is Move.AGAIN and self.options.continue_by == "requeue" and self._requeue(ledger))
+        ):
+            self._cancel_successor(ledger)
+        elif move is Move.AGAIN and self._successor is None:
+            self._queue_successor(ledger)
+
+    # ---- parts
+
+    def _given_up(self) -> str | None:
+        return why_given_up(self.options, past_attempts(self.paths))
+
+    def _requeue(self, ledger: JsonLinesWriter) -> bool:
+        problem = slurm.requeue(self.allocation.job)
+        ledger.write(event("requeue_refused" if problem else "requeued", job=self.allocation.job, detail=problem))
+        return problem is None
+
+    def _queue_successor(self, ledger: JsonLinesWriter) -> None:
+        job = self.allocation.job
+        answer = slurm.submit(self.paths.sbatch, f"--dependency=afterany:{job}")
+        if not answer.ok:
+            ledger.write(event("successor_refused", detail=answer.problem))
+            return
+        self._successor = answer.out
+        carried = self.paths.submitit / f"{job}_submitted.pkl"  # submitit finds what it carries by the job's id
+        if carried.is_file():
+            shutil.copy(carried, self.paths.submitit / f"{self._successor}_submitted.pkl")
+        self._write()
+        ledger.write(event("successor_queued", job=self._successor))
+
+    def _cancel_successor(self, ledger: JsonLinesWriter) -> None:
+        if self._successor is None:
+            return
+        problem = slurm.cancel(self._successor)
+        ledger.write(event("successor_cancelled", job=self._successor, detail=problem))
+        self._successor = None
+        self._write()
+
+    def _record(self) -> ContinuationRecord | None:
+        file = self.paths.continuation
+        return read_record(file, ContinuationRecord) if file.is_file() else None
+
+    def _write(self) -> None:
+        record = ContinuationRecord(job=self.allocation.job, successor=self._successor)
+        atomic_write_json(self.paths.continuation, record.to_json())
+
+
+def past_attempts(paths: RunPaths) -> list[PastAttempt]:
+    """All attempts so far, oldest first."""
+    past = []
+    for number in paths.attempt_numbers():
+        attempt = paths.attempt(number)
+        best = max((int(record["step"]) for record in read_json_lines(attempt.steps)), default=0)
+        outcome = read_record(attempt.outcome, Outcome) if attempt.outcome.is_file() else None
+        past.append(PastAttempt(best, stopped=outcome is not None and outcome.exit_code == ExitCode.CONTINUE_ME))
+    return past
+
+
+class Deadline:
+    """Acts where a warning signal never came: by the job's own end time.
+
+    Args:
+        job: the Slurm job.
+        lead_seconds: how long before its end to stop.
+    """
+
+    def __init__(self, job: str, lead_seconds: float) -> None:
+        self._job, self._lead = job, lead_seconds
+        self._end = parse_epoch(os.environ.get("SLURM_JOB_END_TIME")) or slurm.end_time(job)
+        self._next_look = 0.0
+
+    def passed(self) -> bool:
+        """Whether it is time to stop. The limit may have been raised: Slurm is asked again before the answer is yes."""
+        if self._end is None or time.monotonic() < self._next_look:
+            return False
+        self._next_look = time.monotonic() + SECONDS_BETWEEN_DEADLINE_LOOKS
+        if time.time() < self._end - self._lead:
+            return False
+        self._end = slurm.end_time(self._job) or self._end
+        return time.time() >= self._end - self._lead
+
+
+def parse_epoch(text: str | None) -> float | None:
+    """Seconds since the epoch, as newer Slurm hands them to tasks."""
+    return float(text) if text and text.isdecimal() else None

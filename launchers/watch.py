@@ -1,0 +1,119 @@
+"""Follows a run on Slurm through its files and, seldom, squeue: through all requeues and successors."""
+
+from __future__ import annotations
+
+import time
+
+from encdec.errors import EncdecError, ExitCode
+from encdec.files import RunPaths
+from encdec.records import Outcome, ProcessRecord, read_record
+from launchers import show, slurm
+from launchers.interrupts import INTERRUPTED
+from launchers.jobs import jobs_of
+from launchers.progress import Progress, make_console
+
+SECONDS_BETWEEN_LOOKS = 0.5
+SECONDS_BETWEEN_SQUEUES = 10.0
+LOOKS_TO_BELIEVE_AN_END = 2
+"""A job that Slurm is about to requeue after a lost node passes through an end state."""
+
+
+def follow(paths: RunPaths, *, total_steps: int) -> int:
+    """Show progress until the run's work is over, through all its jobs; returns the last attempt's exit code.
+
+    Asks squeue at most once in SECONDS_BETWEEN_SQUEUES, for jobs that die without a word. Ctrl-C stops watching only.
+
+    Raises:
+        EncdecError: the job ended before it could claim an attempt.
+    """
+    watch = Watch(paths, total_steps)
+    try:
+        while not watch.over():
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+    except KeyboardInterrupt:
+        watch.close()
+        show.queued(watch.job, paths)
+        return INTERRUPTED
+    watch.close()
+    if watch.number is None:
+        raise EncdecError(
+            "A job must live until its attempt begins",
+            found=f"job {watch.job}, which ended {watch.state}",
+            remedy="Nothing of it is left in the queue; give the same command again"
+            if watch.state == "CANCELLED"
+            else f"See its output in {paths.submitit}, then give the same command again",
+        )
+    return show.summary(paths, cancelled=watch.state == "CANCELLED")
+
+
+class Watch:
+    """What the run directory and, now and then, Slurm say about a run.
+
+    Args:
+        paths: the run directory.
+        total_steps: steps at which the run is complete.
+    """
+
+    def __init__(self, paths: RunPaths, total_steps: int) -> None:
+        self.number: int | None = None
+        """Newest attempt that a job of the run has claimed since."""
+        self.job = jobs_of(paths)[0]
+        """The job that runs the run, as far as is known."""
+        self.state = slurm.UNKNOWN
+        self._paths, self._total = paths, total_steps
+        self._view: Progress | None = None
+        self._ends_seen = 0
+        self._next_squeue = 0.0
+
+    def over(self) -> bool:
+        """Look once: whether an attempt ended for good, or Slurm says that none will follow."""
+        self._look_at_files()
+        outcome = self._outcome()
+        if outcome is not None and outcome != ExitCode.CONTINUE_ME:
+            return True
+        if time.monotonic() >= self._next_squeue:
+            self._look_at_slurm()
+        return self._ends_seen >= LOOKS_TO_BELIEVE_AN_END
+
+    def close(self) -> None:
+        if self._view:
+            self._view.close()
+
+    def _look_at_files(self) -> None:
+        newest = self._paths.newest_attempt()
+        if newest != self.number and newest is not None and self._is_of_a_job(newest):
+            self.close()
+            self.number = newest
+            self._view = Progress(self._paths.attempt(newest), self._total)
+            self._view.say(f"job {self.job} runs attempt {newest}")
+        if self._view:
+            self._view.refresh()
+
+    def _is_of_a_job(self, number: int) -> bool:
+        """Whether a live job of the run claimed the attempt; an older attempt's outcome is none of this one's."""
+        process = self._paths.attempt(number).process
+        job = read_record(process, ProcessRecord).job if process.is_file() else None
+        if job is not None and job in jobs_of(self._paths):
+            self.job = job
+            return True
+        return False
+
+    def _outcome(self) -> int | None:
+        if self.number is None or not self._paths.attempt(self.number).outcome.is_file():
+            return None
+        return read_record(self._paths.attempt(self.number).outcome, Outcome).exit_code
+
+    def _look_at_slurm(self) -> None:
+        self._next_squeue = time.monotonic() + SECONDS_BETWEEN_SQUEUES
+        states = {}
+        for job in jobs_of(self._paths):  # the next one is asked for only if this one has ended
+            states[job] = slurm.job_state(job)
+            if states[job] not in slurm.END_STATES:
+                break
+        else:
+            job = next(iter(states))
+        state = states[job]
+        self._ends_seen = self._ends_seen + 1 if state in slurm.END_STATES else 0
+        if (job, state) != (self.job, self.state) and (self._view is None or state != "RUNNING"):
+            make_console().print(f"job {job} is {state}")
+        self.job, self.state = job, state
