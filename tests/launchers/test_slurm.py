@@ -2,46 +2,15 @@
 
 from __future__ import annotations
 
-import shlex
-from pathlib import Path
-
 import pytest
 
 from encdec.errors import ConfigError, EncdecError, MissingPrerequisite
-from encdec.records import Outcome
 from launchers import slurm
 from launchers.allocation import address_towards, free_port, interface_of, read_allocation
 from launchers.arguments import parse_submit
-from launchers.outcomes import wants_requeue
+from tests.launchers.conftest import UNREACHABLE, Play
 
-UNREACHABLE = "slurm_load_jobs error: Unable to contact slurm controller (connect failure)"
 FORGOTTEN = "slurm_load_jobs error: Invalid job id specified"
-
-
-class Play:
-    """Puts scripts on PATH that answer as the recorded command did."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __call__(self, command: str, out: str = "", err: str = "", code: int = 0) -> None:
-        script = self.folder / command
-        echo = f"printf %s {shlex.quote(out)}; printf %s {shlex.quote(err)} >&2"
-        script.write_text(f'#!/bin/sh\necho "$@" >> {self.folder}/{command}.calls\n{echo}\nexit {code}\n')
-        script.chmod(0o755)
-
-    def calls(self, command: str) -> list[str]:
-        path = self.folder / f"{command}.calls"
-        return path.read_text().splitlines() if path.exists() else []
-
-
-@pytest.fixture
-def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Play:
-    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
-    for command in ("squeue", "sacct", "scontrol"):  # whatever the machine has installed
-        Play(tmp_path)(command, err=UNREACHABLE, code=1)
-    monkeypatch.setattr(slurm, "SECONDS_BETWEEN_REQUEUE_TRIES", 0.0)
-    return Play(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -104,22 +73,6 @@ def test_refusal_is_one_line():
     words = "invalid partition specified: nope; Batch job submission failed: Invalid partition name specified"
     assert slurm.refusal(said) == words
     assert slurm.refusal("") == "no reason given"
-
-
-@pytest.mark.parametrize(
-    ("cause", "stop_signal", "again"),
-    [
-        ("signalled", "SIGUSR2", True),
-        ("signalled", None, True),  # another node was signalled
-        ("signalled", "SIGTERM", False),  # scancel: Slurm would bring the job back
-        ("stop_requested", None, False),
-        ("complete", "SIGUSR2", False),
-        ("crash", "SIGUSR2", False),
-    ],
-)
-def test_only_a_warned_job_is_requeued(cause: str, stop_signal: str | None, again: bool):
-    outcome = Outcome(cause=cause, exit_code=75, step=1, checkpoint=None, message="")
-    assert wants_requeue(outcome, stop_signal) is again
 
 
 TASK = {

@@ -1,0 +1,158 @@
+"""What follows a start of a Slurm job: the decisions, from facts that Slurm 22.05 gave. The real thing: tests/slurm."""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime
+
+import pytest
+
+from encdec.files import RunPaths, atomic_write_json
+from encdec.records import ContinuationRecord, JobRecord, Outcome
+from launchers import slurm
+from launchers.allocation import Allocation
+from launchers.continuation import Continuation, Deadline
+from launchers.jobs import jobs_of, live_job
+from launchers.launch_options import LaunchOptions, PastAttempt, lead_seconds, limit_seconds, why_given_up
+from launchers.outcomes import Move, next_move
+from launchers.slurm import Ending
+from tests.launchers.conftest import Play
+
+STOPPED, FAILED = True, False
+
+
+@pytest.mark.parametrize(
+    ("cause", "stop_signal", "ending", "move"),
+    [
+        ("signalled", "SIGUSR2", Ending.NONE, Move.AGAIN),
+        ("signalled", "the time limit", Ending.NONE, Move.AGAIN),
+        ("signalled", None, Ending.NONE, Move.AGAIN),  # another node was signalled
+        ("signalled", "SIGTERM", Ending.TIME_LIMIT, Move.AGAIN),
+        ("signalled", "SIGTERM", Ending.CANCELLED, Move.STOP),
+        ("signalled", "SIGTERM", Ending.REQUEUE, Move.LEAVE),
+        ("signalled", "SIGTERM", Ending.NONE, Move.LEAVE),  # nobody says why: it may be a scancel
+        ("signalled", "SIGINT", Ending.NONE, Move.STOP),
+        ("stop_requested", None, Ending.NONE, Move.STOP),
+        ("complete", "SIGUSR2", Ending.NONE, Move.STOP),
+        ("gate", None, Ending.NONE, Move.STOP),
+        ("refused", None, Ending.NONE, Move.STOP),
+        ("crash", "SIGUSR2", Ending.NONE, Move.STOP),
+    ],
+)
+def test_next_move(cause: str, stop_signal: str | None, ending: Ending, move: Move):
+    outcome = Outcome(cause=cause, exit_code=75, step=1, checkpoint=None, message="")
+    assert next_move(outcome, stop_signal, ending) is move
+
+
+@pytest.mark.parametrize(
+    ("attempts", "reason"),
+    [
+        ([], None),
+        ([(10, STOPPED)] * 9, None),
+        ([(10, STOPPED)] * 10, "10 attempts"),
+        ([(10, FAILED), *[(8, FAILED)] * 4], None),
+        ([(10, FAILED), *[(8, FAILED)] * 5], "5 failed attempts"),
+        ([(0, FAILED)] * 5, "5 failed attempts"),
+        ([*[(0, FAILED)] * 4, (1, FAILED), (0, FAILED)], None),  # a new step: the count begins again
+        ([(10, FAILED), *[(8, FAILED), (9, STOPPED)] * 4], None),  # to be stopped is no failure
+    ],
+)
+def test_limits_of_going_on(attempts: list[tuple[int, bool]], reason: str | None):
+    said = why_given_up(LaunchOptions(max_attempts=10), [PastAttempt(*attempt) for attempt in attempts])
+    assert said is None if reason is None else said is not None and said.startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 5400), ("1:30", 90), ("2:00:30", 7230), ("2-0", 172800), ("1-12:30", 131400), ("1-00:00:01", 86401)],
+)
+def test_time_limits_as_sbatch_reads_them(text: str, seconds: int):
+    assert limit_seconds(text) == seconds
+
+
+def test_warning_suits_the_saves_and_the_limit():
+    assert lead_seconds(None, None) == 120
+    assert lead_seconds(None, 60) == 20
+    assert lead_seconds(2.0, None) == 36
+    assert lead_seconds(100.0, 7200) == 330
+    assert lead_seconds(100.0, 600) == 200
+
+
+@pytest.fixture
+def start(tmp_path) -> Continuation:
+    """Job 12's first start, in an empty run directory."""
+    RunPaths(tmp_path / "run").make()
+    return Continuation(
+        RunPaths(tmp_path / "run"),
+        Allocation(job="12", restarts=0, start="12.0.0", nodes=1, node_rank=0, nodelist="n1"),
+    )
+
+
+def record(paths: RunPaths, job: str, successor: str | None = None) -> None:
+    atomic_write_json(paths.continuation, ContinuationRecord(job=job, successor=successor).to_json())
+
+
+@pytest.mark.parametrize(
+    ("before", "state", "declined"),
+    [
+        (None, None, None),
+        (("12", None), None, None),  # the same job again
+        (("11", "12"), "TIMEOUT", None),
+        (("11", "12"), "NODE_FAIL", None),
+        (("11", "12"), "PREEMPTED", None),
+        (("11", "12"), "CANCELLED", "was cancelled"),
+        (("11", None), "FAILED", None),  # submitted again by a person
+        (("11", None), "RUNNING", "runs this run"),
+        (("11", None), "PENDING", "runs this run"),
+    ],
+)
+def test_a_job_looks_before_it_runs(start: Continuation, play: Play, before, state: str | None, declined: str | None):
+    if before:
+        record(start.paths, *before)
+    play("squeue", f"{state}\n")
+    answer = start.decline()
+    assert (answer is None) if declined is None else answer is not None and declined in answer.reason
+    assert len(play.calls("squeue")) == (0 if state is None else 1)
+
+
+def test_complete_run_is_not_run_again(start: Continuation):
+    attempt = start.paths.attempt(start.paths.claim_attempt())
+    done = Outcome(cause="complete", exit_code=0, step=60, checkpoint="step-60", message="")
+    atomic_write_json(attempt.outcome, done.to_json())
+    answer = start.decline()
+    assert answer is not None and (answer.reason, answer.exit_code) == ("the run is complete", 0)
+
+
+def test_live_job_of_a_run(tmp_path, play: Play):
+    paths = RunPaths(tmp_path)
+    assert jobs_of(paths) == []
+    atomic_write_json(paths.job, JobRecord(submission="ab", job="11", submitted=1.0).to_json())
+    record(paths, "11", "12")
+    assert jobs_of(paths) == ["11", "12"]
+    play("squeue", "TIMEOUT\n")
+    assert live_job(paths) is None
+    play("squeue")
+    (tmp_path / "squeue").write_text('#!/bin/sh\ncase "$*" in *=12*) echo PENDING;; *) echo TIMEOUT;; esac\n')
+    assert live_job(paths) == "12"
+
+
+def test_deadline_asks_again_before_it_says_yes(play: Play):
+    def end_in(seconds: float) -> None:
+        text = datetime.fromtimestamp(time.time() + seconds).isoformat(timespec="seconds")
+        play("scontrol", f"JobId=12 JobState=RUNNING EndTime={text} Deadline=N/A\n")
+
+    end_in(60)
+    raised = Deadline("12", 100)
+    end_in(3600)  # the limit has been raised meanwhile
+    assert not raised.passed()
+    end_in(60)
+    assert Deadline("12", 100).passed()
+    assert not Deadline("12", 10).passed()
+    play("scontrol", "JobId=12 EndTime=Unknown\n")
+    assert not Deadline("12", 10).passed()
+
+
+def test_job_is_found_again_by_its_comment(play: Play):
+    play("squeue", "17|encdec ab 01\n21|encdec ab 02\n22|(null)\n")
+    assert slurm.find_job("run", "encdec ab 02") == "21"
+    assert slurm.find_job("run", "encdec ab 03") is None
