@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from encdec.errors import ConfigError
-from encdec.training.config import FullConfig
+from encdec.training.config import ArchitectureConfig, FullConfig
 from encdec.vocabulary import BYTE_ALPHABET_SIZE, smallest_vocabulary
 
 
@@ -18,6 +19,34 @@ def check_rules(config: FullConfig) -> None:
     refuse_what_is_not_built(config)
     _require_room_in_vocabulary(config)
     _require_positions(config)
+    _require_local_models(config)
+
+
+def require_memory(shape: ArchitectureConfig, vocab_size: int, ranks: int, memory: int) -> None:
+    """Each rank of a node builds the whole model in fp32 on the host before it is sharded.
+
+    Args:
+        ranks: ranks on this node.
+        memory: the node's, bytes.
+
+    Raises:
+        ConfigError: the weights alone do not fit.
+    """
+    parameters = count_parameters(shape, vocab_size)
+    if 4 * parameters * ranks > memory:
+        raise ConfigError(
+            f"The weights of model.from_scratch in fp32, once a rank, must fit this node's {memory / 1e9:,.0f} GB",
+            found=f"{parameters:,} parameters on {ranks} ranks, {4 * parameters * ranks / 1e9:,.0f} GB",
+            remedy="Lower the sizes of model.from_scratch or infra.num_gpus",
+        )
+
+
+def count_parameters(shape: ArchitectureConfig, vocab_size: int) -> int:
+    """Parameters of the encoder-decoder: two stacks of Qwen3 layers, their last norms, one embedding."""
+    heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
+    attention = 2 * shape.hidden_size * shape.head_dim * (heads + kv_heads) + 2 * shape.head_dim
+    layer = attention + 3 * shape.hidden_size * shape.intermediate_size + 2 * shape.hidden_size
+    return 2 * (shape.num_hidden_layers * layer + shape.hidden_size) + vocab_size * shape.hidden_size
 
 
 def _require_room_in_vocabulary(config: FullConfig) -> None:
@@ -46,6 +75,22 @@ def _require_positions(config: FullConfig) -> None:
             found=positions,
             remedy=f"Use {max(lengths.values())} or more, or lower the lengths",
         )
+
+
+def _require_local_models(config: FullConfig) -> None:
+    """A name that can only be a path must be a folder; any other may be on the hub, which is not asked from here."""
+    model = config.model
+    used = {
+        "model.model_name_or_path": None if model.from_scratch else model.model_name_or_path,
+        "model.tokenizer_name_or_path": None if model.train_tokenizer_vocab_size else model.tokenizer_name_or_path,
+    }
+    for key, name in used.items():
+        if name is not None and name.startswith(("/", "./", "../", "~")) and not Path(name).is_dir():
+            raise ConfigError(
+                f"{key} must be a folder or a name on the hub",
+                found=f"{name}, and no folder at {Path(name).absolute()}",
+                remedy="Correct the path; an absolute one means the same everywhere",
+            )
 
 
 def refuse_what_is_not_built(config: FullConfig) -> None:

@@ -11,7 +11,9 @@ from pathlib import Path
 from encdec.errors import EncdecError
 
 MENDABLE = {
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIO,
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG,  # no room
+    errno.EROFS, errno.EACCES, errno.EPERM,  # no leave
+    errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.EIO,  # gone, or failing
 }  # fmt: skip
 """Errors of open(2), write(2) and fsync(2) that lie with the storage, not with the program."""
 

@@ -6,6 +6,7 @@ import pytest
 
 from encdec.errors import ConfigError
 from encdec.training.execution import TrainingPhase
+from encdec.training.rules import count_parameters, require_memory
 from encdec.training.run_config import RunConfig, resolve_run
 from encdec.vocabulary import smallest_vocabulary
 from tests.conftest import MICRO
@@ -40,6 +41,10 @@ REFUSED: dict[tuple[str, ...], tuple[str, ...]] = {
     ("data.dataloader_num_workers=1_000_000",): ("data.dataloader_num_workers", "less than or equal to 1024"),
     ("data.validation_fraction=1.0",): ("data.validation_fraction", "less than 1"),
     ("data.ul2_task_weights=[1e308, 1e308, 0, 0, 0]",): ("data.ul2_task_weights", "1e+308"),
+    ("model.tokenizer_name_or_path=./nowhere", "model.train_tokenizer_vocab_size=null"): (
+        "model.tokenizer_name_or_path", "./nowhere", "no folder at /", "absolute",
+    ),
+    ("model.model_name_or_path=/nowhere", "model.from_scratch=null"): ("model.model_name_or_path", "found /nowhere"),
     ("infra.wandb_project=2020-13-45",): ("--set must be YAML", "2020-13-45"),
 }  # fmt: skip
 
@@ -64,6 +69,15 @@ def test_refused_before_anything_is_written(settings: tuple[str, ...]):
 )
 def test_the_last_value_that_will_do(settings: tuple[str, ...]):
     resolved(*settings)
+
+
+def test_model_too_large_for_the_node_is_refused():
+    shape = resolved().config.model.from_scratch
+    assert shape is not None
+    assert count_parameters(shape, 512) == 35_072  # as counted at every start of the tests' runs
+    require_memory(shape, 512, ranks=2, memory=2 * 4 * 35_072)
+    with pytest.raises(ConfigError, match="35,072 parameters on 3 ranks"):
+        require_memory(shape, 512, ranks=3, memory=2 * 4 * 35_072)
 
 
 def test_smallest_vocabulary_is_what_the_tokenizer_takes():
