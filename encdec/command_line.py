@@ -44,7 +44,8 @@ def exit_code_of(command: Callable[[], int]) -> int:
     """
     try:
         code = command()
-        sys.stdout.flush()  # here, where a broken pipe can still be answered
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where a broken pipe can still be answered
         return code
     except EncdecError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -53,5 +54,6 @@ def exit_code_of(command: Callable[[], int]) -> int:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes again at its end
+        for stream in filter(None, (sys.stdout, sys.stderr)):  # the interpreter flushes both again at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return READER_GONE

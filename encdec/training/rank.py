@@ -53,21 +53,20 @@ def run_rank(
 ) -> dict[str, Any]:
     """Build, resume, train, judge; the facts of the outcome.
 
-    Raises:
-        EncdecError: what a user can mend, storage that takes no more among it.
-
     Args:
         attempt: number claimed by the launcher; None: rank 0 claims the next one for all.
         expected_world_size: ranks asked for; None: ``infra.num_gpus`` on each node that takes part.
         resume_from: a checkpoint folder; None: the newest valid one of the run directory, if there is one.
+
+    Raises:
+        EncdecError: what a user can mend, storage that takes no more among it.
     """
     sharding.require_ranks(run.config.infra, expected_world_size)
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # a warning that comes this early is sent again by the agent
     sharding.use_even_threads()
     store = sharding.open_store()
-    with storage.explained(
-        "The text must be readable, and data.packed_dir must take it", Path(run.config.data.packed_dir)
-    ):
+    packed_dir = Path(run.config.data.packed_dir)
+    with storage.explained("The text must be readable, and data.packed_dir must take it", packed_dir):
         tokenizer, packed = prepare_text(run)
     device = sharding.start_process_group(run.config.infra)
     del store  # the process group has its own reference now
@@ -87,7 +86,8 @@ def _train(
     """What a rank does once it has text and a process group."""
     if attempt is None:
         attempt = distributed.on_rank_zero(paths.claim_attempt)
-    model = build_model(run.config, tokenizer)
+    with storage.explained("The model must be readable", Path(run.config.model.model_name_or_path)):
+        model = build_model(run.config, tokenizer)
     if run.phase and run.phase.phase == TrainingPhase.SANITY_CHECK and not paths.sanity_report.exists():
         check_sanity(model, tokenizer, paths)
     requests = Requests(paths)

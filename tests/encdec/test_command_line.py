@@ -60,6 +60,12 @@ def test_interrupt_is_one_line(capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().err == "interrupted\n"
 
 
+def test_closed_output_is_no_error(tmp_path: Path):
+    command = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-m", "encdec.checkpoints", "list", str(tmp_path)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_reader_that_has_gone_is_no_error(tmp_path: Path):
     command = [sys.executable, "-m", "encdec.checkpoints", "list", "--json", str(tmp_path)]
     reader, writer = os.pipe()
