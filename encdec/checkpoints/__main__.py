@@ -12,12 +12,13 @@ from rich.progress import Progress
 
 from encdec.checkpoints import CheckpointManager, logical_digest
 from encdec.checkpoints.manifest import read_manifest, verify
-from encdec.errors import CheckpointError, EncdecError
+from encdec.command_line import Parser, exit_code_of
+from encdec.errors import CheckpointError
 from encdec.files import RunPaths
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m encdec.checkpoints", description="Look at and check checkpoints.")
+    parser = Parser(prog="python -m encdec.checkpoints", description="Look at and check checkpoints.")
     commands = parser.add_subparsers(dest="command", required=True)
     listing = commands.add_parser("list", help="the checkpoints of a run directory, one a line")
     listing.add_argument("path", type=Path, help="run directory, or its checkpoints folder")
@@ -30,12 +31,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = parse(argv)
-    try:
-        return {"list": show_list, "verify": show_verify, "digest": show_digest}[arguments.command](arguments)
-    except EncdecError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    return exit_code_of(lambda: show(parse(argv)))
+
+
+def show(arguments: argparse.Namespace) -> int:
+    return {"list": show_list, "verify": show_verify, "digest": show_digest}[arguments.command](arguments)
 
 
 def show_list(arguments: argparse.Namespace) -> int:
