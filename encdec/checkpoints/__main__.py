@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -40,7 +41,7 @@ def show(arguments: argparse.Namespace) -> int:
 
 def show_list(arguments: argparse.Namespace) -> int:
     inside = RunPaths(arguments.path).checkpoints
-    manager = CheckpointManager(inside if inside.is_dir() else require_folder(arguments.path))
+    manager = CheckpointManager(inside if os.path.lexists(inside) else require_folder(arguments.path))
     if arguments.json:
         print(json.dumps([asdict(info) for info in manager.list_checkpoints()]))
     else:
@@ -64,12 +65,14 @@ def show_digest(arguments: argparse.Namespace) -> int:
 
 
 def require_folder(path: Path) -> Path:
-    if not path.is_dir():
+    try:
+        os.scandir(path).close()
+    except OSError as error:
         raise CheckpointError(
-            "A checkpoint is a folder",
-            found=f"nothing at {path}",
+            "A checkpoint is a folder that can be read",
+            found=error,
             remedy="python -m encdec.checkpoints list RUN shows them",
-        )
+        ) from None
     return path
 
 
