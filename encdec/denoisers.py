@@ -59,10 +59,10 @@ def checked_task_weights(task_weights: Sequence[float]) -> tuple[float, ...]:
     """The weights as floats, one per task of UL2_DENOISERS.
 
     Raises:
-        ConfigError: not five weights, one is negative or not finite, or all are zero.
+        ConfigError: not five weights, one is negative, all are zero, or their sum is not finite.
     """
     weights = tuple(float(weight) for weight in task_weights)
-    if len(weights) != len(UL2_DENOISERS) or not all(0 <= w < math.inf for w in weights) or sum(weights) <= 0:
+    if len(weights) != len(UL2_DENOISERS) or not all(w >= 0 for w in weights) or not 0 < sum(weights) < math.inf:
         names = ", ".join(denoiser.name for denoiser in UL2_DENOISERS)
         raise ConfigError(
             f"data.ul2_task_weights must be {len(UL2_DENOISERS)} numbers >= 0, not all zero, in the order {names}",

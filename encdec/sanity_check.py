@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from encdec.errors import EncdecError
+from encdec.command_line import Parser, exit_code_of
+from encdec.errors import EncdecError, MissingPrerequisite
 
 SAMPLE_TEXT = "def greet(name):\n    return 'Hello, ' + name\n\nprint(greet('world'))\n"
 MAX_LOSS = 100.0
@@ -166,14 +167,41 @@ def check_saved_model(path: str, device: str) -> SanityReport:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m encdec.sanity_check", description="Ten checks of a saved model; exit 1 if one fails."
+    """Returns 0 if all checks pass, 1 if one fails, 78 for a command line that is not understood."""
+    return exit_code_of(lambda: check_and_show(parse(argv)))
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        prog="python -m encdec.sanity_check",
+        description="Ten checks of a saved model; exit 1 if one fails.",
+        allow_abbrev=False,
     )
     parser.add_argument(
         "--model-path", required=True, help="folder with model and tokenizer as save_pretrained writes them"
     )
     parser.add_argument("--device", default="cpu", help="torch device, for example cpu or cuda:0 (default: cpu)")
-    arguments = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def require_device(name: str) -> None:
+    """Refuse a device that torch does not know or this machine does not have.
+
+    Raises:
+        MissingPrerequisite: nothing can be put there.
+    """
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
+        raise MissingPrerequisite(
+            "--device must be a torch device of this machine",
+            found=f"{name!r} ({str(error).splitlines()[0].rstrip('.')})",
+            remedy="Use --device cpu",
+        ) from None
+
+
+def check_and_show(arguments: argparse.Namespace) -> int:
+    require_device(arguments.device)
     report = check_saved_model(arguments.model_path, arguments.device)
     print("\n".join(report.lines()))
     print("all checks passed" if report.passed else "sanity check FAILED")

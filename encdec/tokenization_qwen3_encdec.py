@@ -17,16 +17,16 @@ from transformers import AutoTokenizer, Qwen2Tokenizer
 
 from encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 from encdec.errors import ConfigError, DataError, MissingPrerequisite
+from encdec.vocabulary import (
+    BYTE_ALPHABET_SIZE,
+    EOS_TOKEN,
+    PAD_TOKEN,
+    reserved_tokens,
+    sentinel_token,
+    smallest_vocabulary,
+)
 
-PAD_TOKEN = "<|endoftext|>"
-EOS_TOKEN = "<|im_end|>"
 DEFAULT_NUM_SENTINEL_TOKENS = 100
-BYTE_ALPHABET_SIZE = 256
-
-
-def sentinel_token(index: int) -> str:
-    """The name of sentinel `index`, as T5 has it."""
-    return f"<extra_id_{index}>"
 
 
 class Qwen3EncoderDecoderTokenizer(Qwen2Tokenizer):
@@ -50,13 +50,13 @@ class Qwen3EncoderDecoderTokenizer(Qwen2Tokenizer):
             ConfigError: `vocab_size` leaves no room for the 256 bytes.
             DataError: the texts have fewer distinct merges than `vocab_size` asks for.
         """
-        reserved = [PAD_TOKEN, EOS_TOKEN, *map(sentinel_token, range(num_sentinel_tokens))]
+        reserved = reserved_tokens(num_sentinel_tokens)
         num_learned = vocab_size - len(reserved)
         if num_learned < BYTE_ALPHABET_SIZE:
             raise ConfigError(
                 f"vocab_size must hold {BYTE_ALPHABET_SIZE} bytes and {len(reserved)} special tokens",
                 found=vocab_size,
-                remedy=f"Set vocab_size to {BYTE_ALPHABET_SIZE + len(reserved)} or more",
+                remedy=f"Set vocab_size to {smallest_vocabulary(num_sentinel_tokens)} or more",
             )
         vocab, merges = _learn_bpe(texts, num_learned)
         if len(vocab) != num_learned:

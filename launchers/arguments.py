@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
 from pathlib import Path
-from typing import NoReturn
 
+from encdec.command_line import Help, Parser
 from encdec.errors import ConfigError
 from encdec.training.execution import TrainingPhase
 from launchers.launch_options import CONTINUE_BY, DEFAULT_MAX_ATTEMPTS
@@ -29,26 +28,6 @@ SBATCH_FLAGS = {
 }
 """Passed to sbatch as they are, if given."""
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-
-
-class Parser(argparse.ArgumentParser):
-    """Argument mistakes end like every other mistake: one paragraph, exit code 78."""
-
-    def error(self, message: str) -> NoReturn:
-        remedy = f"See python -m {self.prog.split(' -m ')[-1]} --help"
-        value = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
-        if value:
-            choices = re.findall(r"[\w-]+", value.group(2))
-            near = difflib.get_close_matches(value.group(1), choices, n=1)
-            remedy = f"Did you mean {near[0]}? {remedy}" if near else remedy
-        raise ConfigError("The command line must be understood", found=message, remedy=remedy)
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Names a default only where there is one."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
 
 
 def parse_submit(argv: list[str] | None) -> argparse.Namespace:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -46,11 +45,13 @@ def run(run_dir: Path) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m launchers.job", description="Run one attempt of a run directory here."
+    from encdec.command_line import Parser, exit_code_of
+
+    parser = Parser(
+        prog="python -m launchers.job", description="Run one attempt of a run directory here.", allow_abbrev=False
     )
     parser.add_argument("run_dir", type=Path, help="a run directory made by launchers.submit")
-    return run(parser.parse_args(argv).run_dir.absolute())
+    return exit_code_of(lambda: run(parser.parse_args(argv).run_dir.absolute()))
 
 
 if __name__ == "__main__":

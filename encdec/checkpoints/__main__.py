@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -12,12 +13,13 @@ from rich.progress import Progress
 
 from encdec.checkpoints import CheckpointManager, logical_digest
 from encdec.checkpoints.manifest import read_manifest, verify
-from encdec.errors import CheckpointError, EncdecError
+from encdec.command_line import Parser, exit_code_of
+from encdec.errors import CheckpointError
 from encdec.files import RunPaths
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m encdec.checkpoints", description="Look at and check checkpoints.")
+    parser = Parser(prog="python -m encdec.checkpoints", description="Look at and check checkpoints.")
     commands = parser.add_subparsers(dest="command", required=True)
     listing = commands.add_parser("list", help="the checkpoints of a run directory, one a line")
     listing.add_argument("path", type=Path, help="run directory, or its checkpoints folder")
@@ -30,17 +32,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = parse(argv)
-    try:
-        return {"list": show_list, "verify": show_verify, "digest": show_digest}[arguments.command](arguments)
-    except EncdecError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    return exit_code_of(lambda: show(parse(argv)))
+
+
+def show(arguments: argparse.Namespace) -> int:
+    return {"list": show_list, "verify": show_verify, "digest": show_digest}[arguments.command](arguments)
 
 
 def show_list(arguments: argparse.Namespace) -> int:
     inside = RunPaths(arguments.path).checkpoints
-    manager = CheckpointManager(inside if inside.is_dir() else require_folder(arguments.path))
+    manager = CheckpointManager(inside if os.path.lexists(inside) else require_folder(arguments.path))
     if arguments.json:
         print(json.dumps([asdict(info) for info in manager.list_checkpoints()]))
     else:
@@ -64,12 +65,14 @@ def show_digest(arguments: argparse.Namespace) -> int:
 
 
 def require_folder(path: Path) -> Path:
-    if not path.is_dir():
+    try:
+        os.scandir(path).close()
+    except OSError as error:
         raise CheckpointError(
-            "A checkpoint is a folder",
-            found=f"nothing at {path}",
+            "A checkpoint is a folder that can be read",
+            found=error,
             remedy="python -m encdec.checkpoints list RUN shows them",
-        )
+        ) from None
     return path
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.optim import Optimizer
 
+from encdec.checkpoints.manifest import reading, unreadable
 from encdec.distributed import is_distributed
 from encdec.errors import CheckpointError
 
@@ -57,6 +58,7 @@ def load_payload(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
 
     Raises:
         CheckpointError: parameters of the payload and of the model differ.
+        UnreadableCheckpoint: storage does not let it be read.
     """
     metadata = read_metadata(folder)
     stored = {key for key in metadata.state_dict_metadata if key.startswith("model.")}
@@ -70,11 +72,16 @@ def load_payload(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
             found=f"{len(missing)} missing {missing[:3]}, {len(unknown)} unknown {unknown[:3]}",
             remedy="Resume with the configuration it was made with",
         )
+    _fill(tensors, folder, no_dist=not is_distributed())
+
+
+def _fill(tensors: dict[str, Tensor], folder: Path, *, no_dist: bool) -> None:
     with _quiet():
         try:
-            dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), no_dist=not is_distributed())
+            dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), no_dist=no_dist)
         except BaseException as error:
-            raise _plain(error, folder) from error
+            plain = _plain(error, folder)
+            raise unreadable(folder, plain) if isinstance(plain, OSError) else plain from error
 
 
 def prepare_optimizer_state(metadata: Metadata, model: nn.Module, optimizer: Optimizer) -> None:
@@ -101,7 +108,8 @@ def prepare_optimizer_state(metadata: Metadata, model: nn.Module, optimizer: Opt
 
 def read_metadata(folder: Path) -> Metadata:
     """DCP's index of the payload. It is a pickle: call only after the manifest has been verified."""
-    return dcp.FileSystemReader(folder).read_metadata()
+    with reading(folder / ".metadata", "DCP's metadata"):
+        return dcp.FileSystemReader(folder).read_metadata()
 
 
 def digest_payload(folder: Path, hasher: blake3) -> None:
@@ -109,8 +117,7 @@ def digest_payload(folder: Path, hasher: blake3) -> None:
     metadata = read_metadata(folder).state_dict_metadata
     for names in _chunks(metadata):
         tensors = {name: torch.empty(metadata[name].size, dtype=metadata[name].properties.dtype) for name in names}  # type: ignore[union-attr]
-        with _quiet():
-            dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
+        _fill(tensors, folder, no_dist=True)
         for name, tensor in tensors.items():
             hasher.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
             hasher.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)

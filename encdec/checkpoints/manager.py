@@ -10,11 +10,9 @@ import json
 import math
 import os
 import platform
-import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -24,13 +22,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from encdec import distributed, files
-from encdec.checkpoints import fsdp2
+from encdec.checkpoints import folders, fsdp2
 from encdec.checkpoints.manifest import (
-    STEP_FOLDER,
     FileRecord,
     Manifest,
+    UnreadableCheckpoint,
     hash_file,
     read_manifest,
+    reading,
     verify,
     verify_files,
     verify_names,
@@ -40,7 +39,6 @@ from encdec.errors import CheckpointError
 
 TRAINER_STATE = "trainer_state.json"
 PAYLOAD = "fsdp2"
-QUARANTINE = "quarantine"
 
 
 class Stateful(Protocol):
@@ -115,7 +113,7 @@ class CheckpointManager:
         final = self.output_dir / f"step-{step}"
         temporary = self.output_dir / f"step-{step}.tmp-{self.attempt}"
         state = {"step": step, "scheduler": scheduler.state_dict(), **(extra_state or {})}
-        distributed.on_rank_zero(lambda: _make_empty(temporary))
+        distributed.on_rank_zero(lambda: folders.make_empty(temporary, PAYLOAD))
         fsdp2.save_payload(temporary / PAYLOAD, fsdp2.training_tensors(model, optimizer))
         parts = distributed.together(lambda: self._own_records(temporary, state))
         manifest = Manifest(
@@ -150,11 +148,12 @@ class CheckpointManager:
         write_manifest(temporary, manifest)
         verify_names(temporary, manifest)
         self._fence()
-        replaced = _aside(final) if final.exists() else None  # the same step again, after a resume from further back
+        # the same step again: with metrics that were still owed, or after a resume from further back
+        replaced = folders.set_aside(final, "replaced") if final.exists() else None
         os.rename(temporary, final)
         files.fsync_directory(self.output_dir)
         if replaced:
-            shutil.rmtree(replaced)
+            folders.delete(replaced)
         self._prune()
 
     def _prune(self) -> None:
@@ -163,14 +162,14 @@ class CheckpointManager:
         best = self._best(infos)
         spare = [info for info in infos[:-1] if best is None or info.checkpoint_id != best.checkpoint_id]
         for info in spare[: max(0, len(infos) - self.save_total_limit)]:
-            shutil.rmtree(_aside(self.output_dir / info.checkpoint_id))
+            folders.delete(folders.set_aside(self.output_dir / info.checkpoint_id, "deleted"))
 
     # ---- find
 
     def list_checkpoints(self) -> list[CheckpointInfo]:
         """Committed checkpoints with a sound manifest, by step."""
         infos = []
-        for step in sorted(self._steps()):
+        for step in folders.committed_steps(self.output_dir):
             folder = self.output_dir / f"step-{step}"
             try:
                 manifest = read_manifest(folder)
@@ -179,12 +178,6 @@ class CheckpointManager:
             size = sum(record.bytes for record in manifest.files)
             infos.append(CheckpointInfo(folder.name, manifest.step, manifest.metrics, size, manifest.time))
         return infos
-
-    def _steps(self) -> Iterator[int]:
-        """Steps of the committed folders, in no order."""
-        if self.output_dir.is_dir():
-            matches = (STEP_FOLDER.fullmatch(path.name) for path in self.output_dir.iterdir())
-            yield from (int(match.group(1)) for match in matches if match)
 
     def validate(self, checkpoint_id: str) -> None:
         """Verify one checkpoint in this process.
@@ -197,18 +190,38 @@ class CheckpointManager:
     def newest_valid(self) -> Path | None:
         """Folder of the newest checkpoint that verifies, or None; collective, the ranks share the hashing.
 
-        Newer ones that fail are moved to ``quarantine/`` with their reason; ``rejected`` names them.
+        Newer ones that are proven wrong are moved to ``quarantine/`` with their reason; those that cannot be read are
+        left where they are. ``rejected`` names them all.
+
+        Raises:
+            CheckpointError: none is valid, but one could not be read or moved: the run must not start over in silence.
         """
-        steps = distributed.on_rank_zero(lambda: sorted(self._steps(), reverse=True))
-        for step in steps:
+        left: list[str] = []
+        for step in reversed(distributed.on_rank_zero(lambda: folders.committed_steps(self.output_dir))):
             folder = self.output_dir / f"step-{step}"
             try:
                 self._verify_together(folder)
                 return folder
             except CheckpointError as error:
-                self.rejected.append(str(error))
-                distributed.on_rank_zero(partial(self._quarantine, folder, error))
+                if self._moved_away(folder, error):
+                    self.rejected.append(f"moved to quarantine: {error}")
+                else:
+                    self.rejected.append(f"left where it is: {error}")
+                    left.append(str(error))
+        if left:
+            raise CheckpointError(
+                "A run must be able to examine its checkpoints before it starts over from its initial weights",
+                found=f"{len(left)} left where they are and no other valid: {left[0].removesuffix('.')}",
+                remedy="Mend that and give the same command again; to start over all the same, move them away",
+            )
         return None
+
+    @staticmethod
+    def _moved_away(folder: Path, error: CheckpointError) -> bool:
+        """Quarantine what is proven wrong. What could not be read stays: it may well be sound."""
+        if isinstance(error, UnreadableCheckpoint):
+            return False
+        return distributed.on_rank_zero(lambda: folders.quarantine(folder, error))
 
     def _verify_together(self, folder: Path) -> Manifest:
         def own_share() -> Manifest:
@@ -220,19 +233,9 @@ class CheckpointManager:
 
         return distributed.together(own_share)[0]
 
-    def _quarantine(self, folder: Path, reason: CheckpointError) -> None:
-        shelf = self.output_dir / QUARANTINE
-        shelf.mkdir(exist_ok=True)
-        target = shelf / f"{folder.name}.{int(time.time() * 1000)}"
-        os.rename(folder, target)
-        files.atomic_write_text(target / "REASON", f"{reason}\n")
-        files.fsync_directory(self.output_dir)
-
     def discard_unfinished(self) -> None:
         """Delete what killed saves left behind. Rank 0 only, at the start of an attempt."""
-        if self.output_dir.is_dir():
-            for path in self.output_dir.glob("*.tmp-*"):
-                shutil.rmtree(path)
+        folders.discard_unfinished(self.output_dir)
 
     # ---- load
 
@@ -248,9 +251,10 @@ class CheckpointManager:
     def _load_verified(
         self, folder: Path, model: nn.Module, optimizer: Optimizer, scheduler: Stateful
     ) -> dict[str, Any]:
-        state = json.loads((folder / TRAINER_STATE).read_text())
+        state = distributed.on_rank_zero(lambda: read_trainer_state(folder))
         fsdp2.load_payload(folder / PAYLOAD, model, optimizer)
-        scheduler.load_state_dict(state["scheduler"])
+        with reading(folder / TRAINER_STATE, "the state of this schedule"):
+            scheduler.load_state_dict(state["scheduler"])
         return state
 
     def load_latest(
@@ -290,6 +294,17 @@ class CheckpointManager:
             print(f"no checkpoints in {self.output_dir}")
 
 
+def read_trainer_state(folder: Path) -> dict[str, Any]:
+    """The plain values of a verified checkpoint.
+
+    Raises:
+        CheckpointError: not JSON, or without a step and a scheduler.
+    """
+    with reading(folder / TRAINER_STATE, "step and scheduler"):
+        state = json.loads((folder / TRAINER_STATE).read_text())
+        return {**state, "step": int(state["step"]), "scheduler": dict(state["scheduler"])}
+
+
 def logical_digest(folder: Path) -> str:
     """64 hex digits of what a checkpoint means: model, optimizer, scheduler, data position, seed and step.
 
@@ -299,22 +314,9 @@ def logical_digest(folder: Path) -> str:
         CheckpointError: it does not verify.
     """
     verify(folder)
-    state = json.loads((folder / TRAINER_STATE).read_text())
+    state = read_trainer_state(folder)
     hasher = blake3()
     fsdp2.digest_payload(folder / PAYLOAD, hasher)
     logical = {key: state.get(key) for key in ("scheduler", "samples_consumed", "seed", "step")}
     hasher.update(json.dumps(logical, sort_keys=True).encode())
     return hasher.hexdigest()
-
-
-def _make_empty(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    (folder / PAYLOAD).mkdir(parents=True, mode=0o700)
-    folder.chmod(0o700)
-
-
-def _aside(folder: Path) -> Path:
-    """Rename ``folder`` so that a half-deleted one is never taken for a checkpoint."""
-    target = folder.with_name(f"{folder.name}.tmp-deleted-{os.getpid()}")
-    os.rename(folder, target)
-    return target

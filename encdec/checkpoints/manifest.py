@@ -10,9 +10,11 @@ checksums of its own.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,11 @@ from encdec.files import atomic_write_text
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 STEP_FOLDER = re.compile(r"step-(\d+)")
+HASH_BUFFER_BYTES = 8 * 2**20
+
+
+class UnreadableCheckpoint(CheckpointError):
+    """Storage does not let a checkpoint be read, so nothing is known about it: it may well be sound."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +71,17 @@ def _digest_of(values: dict[str, Any]) -> str:
 
 
 def hash_file(root: Path, path: Path) -> FileRecord:
-    """Size and digest of one file, memory-mapped and hashed on all cores."""
-    hasher = blake3(max_threads=blake3.AUTO)
-    hasher.update_mmap(path)
-    return FileRecord(path.relative_to(root).as_posix(), path.stat().st_size, hasher.hexdigest())
+    """Size and digest of one file, hashed on all cores.
+
+    Read, not memory-mapped: storage that fails under a mapping kills the process with SIGBUS instead of an error.
+    """
+    hasher, size = blake3(max_threads=blake3.AUTO), 0
+    buffer = memoryview(bytearray(HASH_BUFFER_BYTES))
+    with path.open("rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            hasher.update(buffer[:count])
+            size += count
+    return FileRecord(path.relative_to(root).as_posix(), size, hasher.hexdigest())
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -80,19 +94,16 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         CheckpointError: missing, torn, changed after it was written, of another format, or of another step than the
             folder's name says.
+        UnreadableCheckpoint: storage does not let it be read.
     """
     path = folder / MANIFEST
-    try:
+    with reading(path, "a readable manifest"):
         values = json.loads(path.read_text())
         digest = values.pop("digest")
         if values["format_version"] != FORMAT_VERSION:
             raise _broken(path, f"a manifest of format {FORMAT_VERSION}", values["format_version"])
         files = [FileRecord(**record) for record in values["files"]]
         manifest = Manifest(**{**values, "files": files})
-    except FileNotFoundError:
-        raise _broken(path, "a manifest", "none") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _broken(path, "a readable manifest", f"{type(error).__name__}: {error}") from None
     if digest != _digest_of(values):
         raise _broken(path, "a manifest that matches its own digest", "another content")
     name = STEP_FOLDER.fullmatch(folder.name)
@@ -106,14 +117,16 @@ def verify_files(folder: Path, records: Iterable[FileRecord], progress: Callable
 
     Raises:
         CheckpointError: naming the first file that is missing, of another size, or of other content.
+        UnreadableCheckpoint: naming the first that storage does not let be read.
     """
     for record in records:
         path = folder / record.path
-        if not path.is_file():
-            raise _broken(path, "every file of the manifest", "no such file")
-        if path.stat().st_size != record.bytes:
-            raise _broken(path, f"a file of {record.bytes} bytes", f"{path.stat().st_size} bytes")
-        if hash_file(folder, path).blake3 != record.blake3:
+        with reading(path, "every file of the manifest"):
+            size = path.stat().st_size  # first: it tells of most damage at once
+            found = hash_file(folder, path) if size == record.bytes else None
+        if found is None:
+            raise _broken(path, f"a file of {record.bytes} bytes", f"{size} bytes")
+        if found.blake3 != record.blake3:
             raise _broken(path, f"content with BLAKE3 {record.blake3[:16]}...", "other content of the same size")
         if progress:
             progress(record.bytes)
@@ -124,10 +137,13 @@ def verify_names(folder: Path, manifest: Manifest) -> None:
 
     Raises:
         CheckpointError: naming the first such file.
+        UnreadableCheckpoint: a folder cannot be listed.
     """
     listed = {record.path for record in manifest.files} | {MANIFEST}
-    for path in sorted(folder.rglob("*")):
-        if not path.is_dir() and path.relative_to(folder).as_posix() not in listed:
+    with reading(folder, "folders that can be listed"):
+        present = [Path(parent, name) for parent, _, names in os.walk(folder, onerror=_raise) for name in names]
+    for path in sorted(present):
+        if path.relative_to(folder).as_posix() not in listed:
             raise _broken(path, "only files that the manifest lists", "a file that it does not list")
 
 
@@ -141,6 +157,36 @@ def verify(folder: Path, progress: Callable[[int], None] | None = None) -> Manif
     verify_names(folder, manifest)
     verify_files(folder, manifest.files, progress)
     return manifest
+
+
+@contextlib.contextmanager
+def reading(path: Path, rule: str) -> Iterator[None]:
+    """Around whatever reads ``path``: what is absent or ill-formed is the checkpoint's fault, the rest the storage's.
+
+    Raises:
+        CheckpointError: nothing at ``path``, or not what ``rule`` says.
+        UnreadableCheckpoint: any other OSError.
+    """
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise _broken(path, rule, "no such file") from None
+    except OSError as error:
+        raise unreadable(path, error) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _broken(path, rule, f"{type(error).__name__}: {error}") from None
+
+
+def unreadable(path: Path, error: OSError) -> UnreadableCheckpoint:
+    return UnreadableCheckpoint(
+        f"Storage must let the checkpoint be read at {path}",
+        found=error,
+        remedy="Mend the storage or the permissions; the checkpoint stays where it is",
+    )
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _broken(path: Path, rule: str, found: object) -> CheckpointError:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import torch
 from blake3 import blake3
 
@@ -26,6 +27,7 @@ from encdec.tokenization_qwen3_encdec import Qwen3EncoderDecoderTokenizer
 from encdec.training import sharding
 from encdec.training.config import FullConfig
 from encdec.training.observers import Observer, Records, TensorBoard, TextLog, WeightsAndBiases
+from encdec.training.rules import require_memory
 from encdec.training.run_config import RunConfig
 from encdec.training.signals import Requests
 from encdec.training.trainer import Qwen3EncoderDecoderTrainer
@@ -113,6 +115,8 @@ def build_model(config: FullConfig, tokenizer: Qwen3EncoderDecoderTokenizer) -> 
             settings.model_name_or_path, settings.num_sentinel_tokens, tokenizer=tokenizer, dtype=torch.float32
         )
     else:
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        require_memory(settings.from_scratch, len(tokenizer), ranks_here, psutil.virtual_memory().total)
         shape = Qwen3EncoderDecoderConfig(
             vocab_size=len(tokenizer),
             num_sentinel_tokens=settings.num_sentinel_tokens,

@@ -18,8 +18,9 @@ from encdec.files import atomic_write_text
 from encdec.training.yaml_values import dump_yaml, read_yaml
 
 PhaseName = Literal["sanity_check", "validation", "medium", "full"]
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveInt = Annotated[int, Field(gt=0, lt=2**63)]
+NonNegativeInt = Annotated[int, Field(ge=0, lt=2**63)]
+Size = Annotated[int, Field(gt=0, lt=2**31)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -50,19 +51,19 @@ class Section(BaseModel):
 class ArchitectureConfig(Section):
     """Sizes of a model that starts from random weights. Encoder and decoder are alike."""
 
-    hidden_size: PositiveInt
+    hidden_size: Size
     """Width of the residual stream."""
-    intermediate_size: PositiveInt
+    intermediate_size: Size
     """Width of the gated feed-forward."""
-    num_hidden_layers: PositiveInt
+    num_hidden_layers: Size
     """Layers in the encoder, and again in the decoder."""
-    num_attention_heads: PositiveInt
+    num_attention_heads: Size
     """Query heads."""
-    num_key_value_heads: PositiveInt
+    num_key_value_heads: Size
     """Key and value heads; divides the query heads."""
-    head_dim: PositiveInt
+    head_dim: Size
     """Width of one head; not derived from hidden_size (Qwen3 keeps it explicit)."""
-    max_position_embeddings: PositiveInt = 8192
+    max_position_embeddings: Size = 8192
     """Longest sequence, tokens."""
 
     @model_validator(mode="after")
@@ -84,13 +85,13 @@ class ModelConfig(Section):
     """Qwen3 checkpoint (hub id or directory) whose blocks start both stacks. Not read where ``from_scratch`` is set."""
     tokenizer_name_or_path: str | None = None
     """Qwen2/Qwen3 tokenizer (hub id or directory); the same as the model unless given."""
-    num_sentinel_tokens: PositiveInt = 100
+    num_sentinel_tokens: Annotated[int, Field(gt=0, le=2**16)] = 100
     """Sentinels for span corruption; also the most spans one example can have."""
     use_flash_attention: bool = True
     """Fused attention: torch SDPA picks the fastest kernel that can express the mask. False: plain matrix products."""
     from_scratch: ArchitectureConfig | None = None
     """Sizes of a model with random weights, instead of ``model_name_or_path``."""
-    train_tokenizer_vocab_size: PositiveInt | None = None
+    train_tokenizer_vocab_size: Size | None = None
     """Entries of a byte-level BPE trained on the corpus, sentinels included, instead of ``tokenizer_name_or_path``."""
 
 
@@ -105,17 +106,17 @@ class DataConfig(Section):
     """Column or JSON key that holds the text."""
     streaming: bool = True
     """Read a hub data set as a stream while it is packed (no full download first)."""
-    max_seq_length: PositiveInt = 8192
+    max_seq_length: Size = 8192
     """Most raw tokens of one sample before corruption; the lengths below may bind first."""
-    max_encoder_length: PositiveInt = 4096
+    max_encoder_length: Size = 4096
     """Longest encoder input, tokens, sentinels and EOS included."""
-    max_decoder_length: PositiveInt = 2048
+    max_decoder_length: Size = 2048
     """Longest decoder target, tokens, sentinels and EOS included."""
     ul2_task_weights: Annotated[list[NonNegativeFloat], Field(min_length=5, max_length=5)] = [1.0, 1.0, 1.0, 1.0, 4.0]
     """Relative frequency of the denoisers R1, R2, X1, X2, S."""
-    preprocessing_num_workers: PositiveInt = 4
+    preprocessing_num_workers: Annotated[int, Field(gt=0, le=1024)] = 4
     """Threads of the tokenizer while text is packed."""
-    dataloader_num_workers: NonNegativeInt = 2
+    dataloader_num_workers: Annotated[int, Field(ge=0, le=1024)] = 2
     """Loader processes a rank; 0 loads inside the rank. Batches do not depend on it."""
     shuffle_buffer_size: PositiveInt = 10_000
     """Documents in the shuffle buffer of streamed training (``tokenize_on_fly``); packed text is shuffled whole."""
@@ -184,7 +185,7 @@ class TrainingConfig(Section):
     """Steps between lines of the text log. Step records are written at every step."""
     report_to: list[Literal["wandb", "tensorboard"]] = ["wandb", "tensorboard"]
     """Trackers."""
-    seed: NonNegativeInt = 42
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 42
     """Seed of initial weights, order of samples and corruption."""
     early_stopping_enabled: bool = True
     """Stop on a plateau of the training loss or on repeated gradient spikes."""
@@ -266,15 +267,28 @@ class FullConfig(Section):
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], *, source: str) -> FullConfig:
-        """Build from plain nested values; ``source`` names where they came from in an error."""
+        """Build from plain nested values; a section with nothing under it is as one left out.
+
+        Args:
+            source: where the values came from, for an error.
+        """
         try:
-            return cls.model_validate(dict(values))
+            return cls.model_validate(_without_empty_sections(values))
         except ValidationError as error:
             raise _explain(error, source) from None
 
     def to_yaml(self, path: str | Path) -> None:
         """Write the tree so that ``from_yaml`` gives an equal one."""
         atomic_write_text(Path(path), dump_yaml(self.model_dump()))
+
+
+def _without_empty_sections(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` with each section that has nothing under it, null in YAML, as an empty one."""
+    sections = {name: {} if section is None else section for name, section in values.items()}
+    phases = sections.get("phases")
+    if isinstance(phases, Mapping):
+        sections["phases"] = {name: {} if row is None else row for name, row in phases.items()}
+    return sections
 
 
 def _explain(error: ValidationError, source: str) -> ConfigError:
@@ -292,6 +306,12 @@ def _explain(error: ValidationError, source: str) -> ConfigError:
             remedy=f"Write {near[0]} instead" if near else f"Known keys there: {', '.join(known)}",
         )
     value = first.get("input")
+    if first["type"] in ("model_type", "dict_type"):
+        return ConfigError(
+            f"{source}: {path} must be a section of keys and values",
+            found=f"{value!r}{more}",
+            remedy=f"Write {path}: on a line of its own and its keys below it, indented",
+        )
     shown = repr(value) if not isinstance(value, dict) else "a mapping"
     rule = first["msg"].removeprefix("Value error, ")
     return ConfigError(

@@ -19,7 +19,18 @@ class EarlyStopping:
 
     def __init__(self, training: TrainingConfig) -> None:
         self._rules = training
-        self._state: dict[str, Any] = {"best_loss": None, "checks_without_improvement": 0, "spikes": 0}
+        self._state: dict[str, Any] = {"best_loss": None, "checks_without_improvement": 0, "spikes": 0, "reason": None}
+
+    @property
+    def reason(self) -> str | None:
+        """Why training has ended for good, also after a restart; None while it may go on."""
+        return self._state["reason"] if self._rules.early_stopping_enabled else None
+
+    def judge(self, step: int, grad_norm: float, mean_loss: float) -> str | None:
+        """Reason to stop, or None. Every step must come by here once, also one at which the run is told to leave."""
+        if not self.after_step(step, grad_norm) and step % self._rules.eval_steps == 0:
+            self.at_check(step, mean_loss)
+        return self.reason
 
     def after_step(self, step: int, grad_norm: float) -> str | None:
         """Reason to stop after this step, or None."""
@@ -28,10 +39,11 @@ class EarlyStopping:
         self._state["spikes"] = self._state["spikes"] + 1 if grad_norm > self._rules.grad_spike_threshold else 0
         if self._state["spikes"] < self._rules.grad_spike_patience:
             return None
-        return (
+        self._state["reason"] = (
             f"gradient norm above {self._rules.grad_spike_threshold:g} for {self._state['spikes']} consecutive steps, "
             f"last {grad_norm:.4g}"
         )
+        return self.reason
 
     def at_check(self, step: int, mean_loss: float) -> str | None:
         """Reason to stop at a check (one an evaluation interval), or None."""
@@ -45,7 +57,8 @@ class EarlyStopping:
         if self._state["checks_without_improvement"] < self._rules.early_stopping_patience:
             return None
         checks = self._rules.early_stopping_patience
-        return f"mean loss {mean_loss:.4f} has not fallen below {best:.4f} for {checks} checks"
+        self._state["reason"] = f"mean loss {mean_loss:.4f} has not fallen below {best:.4f} for {checks} checks"
+        return self.reason
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self._state)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from pydantic import ConfigDict
+
 from encdec.estimates import estimate_steps_for_tokens, estimate_training_time
 
 __all__ = ["PHASE_CONFIGS", "PhaseConfig", "TrainingPhase", "estimate_steps_for_tokens", "estimate_training_time"]
@@ -26,6 +28,8 @@ class PhaseConfig:
     ``num_tokens`` counts raw tokens without padding; losses are in nats. A step field that is None leaves the value of
     the ``training:`` section. A run stops at whichever of tokens and steps comes first.
     """
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     phase: TrainingPhase
     num_tokens: int

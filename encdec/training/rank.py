@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 import torch.distributed as dist
 
 import encdec
 from encdec import distributed
 from encdec.errors import EncdecError
 from encdec.files import RunPaths, atomic_write_json
-from encdec.training import sharding
+from encdec.tokenization_qwen3_encdec import Qwen3EncoderDecoderTokenizer
+from encdec.training import sharding, storage
 from encdec.training.build import build_model, build_trainer, prepare_text
 from encdec.training.execution import TrainingPhase
 from encdec.training.finish import check_sanity, finish
@@ -53,17 +57,37 @@ def run_rank(
         attempt: number claimed by the launcher; None: rank 0 claims the next one for all.
         expected_world_size: ranks asked for; None: ``infra.num_gpus`` on each node that takes part.
         resume_from: a checkpoint folder; None: the newest valid one of the run directory, if there is one.
+
+    Raises:
+        EncdecError: what a user can mend, storage that takes no more among it.
     """
     sharding.require_ranks(run.config.infra, expected_world_size)
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # a warning that comes this early is sent again by the agent
     sharding.use_even_threads()
     store = sharding.open_store()
-    tokenizer, packed = prepare_text(run)
+    packed_dir = Path(run.config.data.packed_dir)
+    with storage.explained("The text must be readable, and data.packed_dir must take it", packed_dir):
+        tokenizer, packed = prepare_text(run)
     device = sharding.start_process_group(run.config.infra)
     del store  # the process group has its own reference now
+    with storage.explained("The run directory must take checkpoints and records", paths.root):
+        return _train(run, paths, attempt, resume_from, tokenizer, packed, device)
+
+
+def _train(
+    run: RunConfig,
+    paths: RunPaths,
+    attempt: int | None,
+    resume_from: Path | None,
+    tokenizer: Qwen3EncoderDecoderTokenizer,
+    packed: Path,
+    device: torch.device,
+) -> dict[str, Any]:
+    """What a rank does once it has text and a process group."""
     if attempt is None:
         attempt = distributed.on_rank_zero(paths.claim_attempt)
-    model = build_model(run.config, tokenizer)
+    with storage.explained("The model must be readable", Path(run.config.model.model_name_or_path)):
+        model = build_model(run.config, tokenizer)
     if run.phase and run.phase.phase == TrainingPhase.SANITY_CHECK and not paths.sanity_report.exists():
         check_sanity(model, tokenizer, paths)
     requests = Requests(paths)
@@ -82,11 +106,26 @@ def run_rank(
 
 
 def refuse(paths: RunPaths, attempt: int, error: EncdecError) -> NoReturn:
-    """Leave the error where the agent finds it, and end this rank at once: the others may wait in a collective."""
-    log.error("%s", error)
-    atomic_write_json(paths.attempt(attempt).error, {"message": str(error), "exit_code": int(error.exit_code)})
-    sys.stderr.flush()
+    """Leave the error where the agent finds it, and end this rank at once: the others may wait in a collective.
+
+    On a full disk there may be no room for that, nor for the log, which lies there too: nothing here may raise.
+    """
+    report = {"message": str(error), "exit_code": int(error.exit_code)}
+    with contextlib.suppress(OSError):
+        log.error("%s", error)
+        sys.stderr.flush()
+    for make_room in (lambda: None, lambda: drop_unfinished(paths, attempt)):
+        with contextlib.suppress(OSError):
+            make_room()
+            atomic_write_json(paths.attempt(attempt).error, report)
+            break
     os._exit(error.exit_code)
+
+
+def drop_unfinished(paths: RunPaths, attempt: int) -> None:
+    """Remove the checkpoint that this attempt could not finish; the next one would remove it anyway."""
+    for folder in paths.checkpoints.glob(f"*.tmp-{attempt}"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def start_log() -> None:

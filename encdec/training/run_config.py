@@ -7,19 +7,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from encdec.denoisers import raw_sample_length
 from encdec.errors import ConfigError, RunDirectoryError
 from encdec.files import RunPaths, atomic_write_text
-from encdec.training.config import FullConfig
+from encdec.training.config import FullConfig, NonNegativeInt, PositiveInt
 from encdec.training.execution import PHASE_CONFIGS, PhaseConfig, TrainingPhase
+from encdec.training.rules import check_rules
 from encdec.training.yaml_values import apply_settings, dump_yaml, read_yaml
 
-PLACE_KEYS = ("name", "nodes", "ranks_per_node", "config.infra.num_gpus")
+PLACE_KEYS = (
+    "name", "nodes", "ranks_per_node", "config.infra.num_gpus", "config.infra.output_dir", "config.infra.logging_dir",
+)  # fmt: skip
 """Dotted paths that say where a run runs and what it is called, not what it computes."""
 
 
@@ -27,21 +33,23 @@ PLACE_KEYS = ("name", "nodes", "ranks_per_node", "config.infra.num_gpus")
 class RunConfig:
     """The resolved run: everything a job needs to know, frozen. Written as ``run.yaml``."""
 
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
     name: str
     phase: PhaseConfig | None
     """The phase's row with all overrides laid over it; None: training as the ``training:`` section says, ungated."""
     config: FullConfig
-    nodes: int
-    ranks_per_node: int
-    sample_length: int
+    nodes: PositiveInt
+    ranks_per_node: PositiveInt
+    sample_length: PositiveInt
     """Raw tokens per sample."""
-    global_batch_size: int
+    global_batch_size: PositiveInt
     """Samples per optimizer step, all ranks."""
-    num_train_steps: int
+    num_train_steps: PositiveInt
     """Optimizer steps this run will do: the smaller of what steps and tokens allow."""
-    bound_by: str
+    bound_by: Literal["steps", "tokens"]
     """Which of the two ends the run: steps | tokens."""
-    warmup_steps: int
+    warmup_steps: NonNegativeInt
 
     @property
     def world_size(self) -> int:
@@ -100,19 +108,37 @@ def read_run_config(paths: RunPaths) -> RunConfig:
     """Read ``run.yaml`` back.
 
     Raises:
-        RunDirectoryError: there is none.
+        RunDirectoryError: there is none, or it is not what ``RunConfig.write`` wrote; says what is wrong.
     """
-    if not paths.run_yaml.is_file():
+    if not os.path.lexists(paths.run_yaml):
         raise RunDirectoryError(
             "A run directory holds run.yaml",
             found=f"none in {paths.root}",
             remedy="Make one with python -m launchers.submit --phase sanity_check --config configs/tiny.yaml",
         )
-    values = read_yaml(paths.run_yaml)
-    row = values.pop("phase")
-    phase = PhaseConfig(**{**row, "phase": TrainingPhase(row["phase"])}) if row else None
-    config = FullConfig.from_mapping(values.pop("config"), source=str(paths.run_yaml))
-    return RunConfig(phase=phase, config=config, **values)
+    try:
+        return _run_from(read_yaml(paths.run_yaml))
+    except ConfigError as error:
+        damage = str(error.found)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        damage = f"{paths.run_yaml} ({'.'.join(map(str, first['loc']))}: {first['msg'].lower()})"
+    except (ValueError, TypeError) as error:  # values that are no JSON: a date, an alias of itself
+        damage = f"{paths.run_yaml} ({error})"
+    raise RunDirectoryError(
+        "run.yaml must be as it was when the run was made",
+        found=damage,
+        remedy="Restore run.yaml from a copy, or give another directory",
+    )
+
+
+def _run_from(values: Mapping[str, Any]) -> RunConfig:
+    """``RunConfig.to_mapping`` turned round. Every key must be there: a default could be another run's value."""
+    run = TypeAdapter(RunConfig).validate_json(json.dumps(values), strict=True)
+    missing = sorted(flatten(run.to_mapping()).keys() - flatten(values).keys())
+    if missing:
+        raise ValueError(f"{missing[0]}: field required")
+    return run
 
 
 def require_same_run(paths: RunPaths, run: RunConfig) -> None:
@@ -121,7 +147,7 @@ def require_same_run(paths: RunPaths, run: RunConfig) -> None:
     Raises:
         RunDirectoryError: naming the first values that differ, or that it is no run directory.
     """
-    if not paths.run_yaml.is_file():
+    if not os.path.lexists(paths.run_yaml):
         raise RunDirectoryError(
             "A run directory holds run.yaml or does not exist yet",
             found=f"{paths.root}, which exists without one",
@@ -175,7 +201,7 @@ def resolve_run(
     row = _phase_row(phase, config) if phase else None
     if row:
         config = _lay_phase_under_settings(config, row, settings)
-    refuse_what_is_not_built(config)
+    check_rules(config)
     ranks = ranks_per_node or config.infra.num_gpus
     config.infra.num_gpus = ranks
     config.data.packed_dir = str(Path(config.data.packed_dir).absolute())
@@ -243,25 +269,3 @@ def _with_arithmetic(
         warmup_steps=min(training.warmup_steps, steps // 10),  # else a short phase never leaves warm-up
     )
     return replace(run, name=name or f"{row.phase if row else 'train'}-{run.identity[:8]}")
-
-
-def refuse_what_is_not_built(config: FullConfig) -> None:
-    """Refuse, by name, options that are part of the tree but that this version cannot honour.
-
-    Raises:
-        ConfigError: such an option is set.
-    """
-    unbuilt: Mapping[str, tuple[bool, object, str]] = {
-        "training.fp16": (config.training.fp16, True, "Use training.bf16=true"),
-        "training.optimizer": (config.training.optimizer == "muon", "muon", "Use adamw"),
-        "infra.distributed_type": (
-            config.infra.distributed_type != "fsdp", config.infra.distributed_type, "Use fsdp",
-        ),
-        "infra.deepspeed_config": (bool(config.infra.deepspeed_config), config.infra.deepspeed_config, "Leave it out"),
-        "data.tokenize_on_fly": (config.data.tokenize_on_fly, True, "Use false: text is packed once, then read"),
-        "data.sources": (bool(config.data.sources), config.data.sources, "Give one data.dataset_name"),
-        "data.mix_ratios": (bool(config.data.mix_ratios), config.data.mix_ratios, "Give one data.dataset_name"),
-    }  # fmt: skip
-    for path, (is_set, value, remedy) in unbuilt.items():
-        if is_set:
-            raise ConfigError(f"{path} must be one that this version can honour", found=value, remedy=remedy)

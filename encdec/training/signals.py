@@ -11,11 +11,12 @@ import time
 from types import FrameType
 from typing import NamedTuple
 
+from encdec import distributed
 from encdec.files import RunPaths
 
 STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 SECONDS_BETWEEN_LOOKS = 1.0
-"""How often rank 0 looks for a control file: shared storage is not asked at every step."""
+"""How often rank 0 looks for a control file: shared storage is asked neither at every step nor by every rank."""
 
 
 class Wishes(NamedTuple):
@@ -33,7 +34,7 @@ class Requests:
     """What this rank has been asked to do.
 
     Args:
-        paths: the run directory whose ``control/`` files are looked for, or None to heed signals only.
+        paths: the run directory whose ``control/`` files rank 0 looks for, or None to heed signals only.
     """
 
     def __init__(self, paths: RunPaths | None) -> None:
@@ -53,7 +54,7 @@ class Requests:
     def look(self) -> Wishes:
         """What this rank sees now; a save request is taken away once seen."""
         stop = save = False
-        if self._paths is not None and time.monotonic() >= self._next_look:
+        if self._paths is not None and distributed.rank() == 0 and time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + SECONDS_BETWEEN_LOOKS
             stop = self._paths.stop_request.exists()
             save = self._paths.save_request.exists()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 MOVING_WINDOW = 50
@@ -19,6 +19,36 @@ class TrainingState:
     best_eval_loss: float = math.inf
     total_tokens_seen: int = 0
     samples_consumed: int = 0
+    evaluation: dict[str, float] = field(default_factory=dict)
+    """The newest evaluation: its ``step`` and its metrics; empty before the first."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Metrics of the present step; empty where it has not been evaluated."""
+        metrics = dict(self.evaluation)
+        return metrics if metrics.pop("step", None) == self.global_step else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain JSON values; the step itself is the checkpoint's."""
+        return {
+            "epoch": self.epoch,
+            "best_eval_loss": self.best_eval_loss if math.isfinite(self.best_eval_loss) else None,
+            "tokens_seen": self.total_tokens_seen,
+            "samples_consumed": self.samples_consumed,
+            "evaluation": self.evaluation,
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> TrainingState:
+        best = state["best_eval_loss"]
+        return cls(
+            global_step=state["step"],
+            epoch=state["epoch"],
+            best_eval_loss=math.inf if best is None else best,
+            total_tokens_seen=state["tokens_seen"],
+            samples_consumed=state["samples_consumed"],
+            evaluation=state.get("evaluation", {}),  # older states lack it: they are evaluated once more
+        )
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from encdec import distributed
-from encdec.checkpoints import CheckpointManager
+from encdec.checkpoints import TRAINER_STATE, CheckpointManager, reading
 from encdec.errors import TrainingDiverged
 from encdec.records import StepRecord
 from encdec.training.config import FullConfig
@@ -99,7 +99,6 @@ class Qwen3EncoderDecoderTrainer:
         self._unit = float(training.per_device_train_batch_size * config.data.max_decoder_length)
         self._device = next(model.parameters()).device
         self._process = psutil.Process()
-        self._metrics: dict[str, float] = {}
         self._last_saved: str | None = None
         self._batches: Iterator[dict[str, Tensor]] | None = None
 
@@ -112,15 +111,13 @@ class Qwen3EncoderDecoderTrainer:
             TrainingDiverged: the loss is not a finite number.
         """
         self.model.train()
-        cause = message = ""
-        while self.state.global_step < self.total_steps and not cause:
+        self._make_up_evaluation()
+        message = self._completion()
+        cause = "complete" if message else ""
+        while not cause:
             record, wishes = self._step()
             cause, message = self._decide(record, wishes)
-            self._close_step(record, save=wishes.save, ending=bool(cause))
-        if not cause:
-            cause, message = "complete", f"all {self.total_steps} steps done"
-        if self._last_saved != f"step-{self.state.global_step}" and self.state.global_step:
-            self.save()
+            self._close_step(record, wishes, cause)
         return TrainResult(
             cause, self.state.global_step, self._last_saved, self.losses.first_mean, self.losses.last_mean(), message
         )
@@ -213,26 +210,33 @@ class Qwen3EncoderDecoderTrainer:
         self.losses.add(loss)
 
     def _decide(self, record: StepRecord, wishes: Wishes) -> tuple[str, str]:
-        """(cause, message) if training ends at this boundary, else empty strings; the same cause on all ranks."""
+        """(cause, message) if training ends at this boundary, else empty strings; the same cause on all ranks.
+
+        What is complete is complete whatever is asked for: a continued run must end where an undisturbed one does.
+        """
+        self.early_stopping.judge(record.step, record.grad_norm, self.losses.last_mean(MOVING_WINDOW))
+        if message := self._completion():
+            return "complete", message
         if wishes.signalled:
             return "signalled", f"stopped by {self.requests.signal_name or 'a signal to another rank'}"
-        if wishes.stop:
-            return "stop_requested", "stopped by the control file STOP"
-        reason = self.early_stopping.after_step(record.step, record.grad_norm)
-        if not reason and record.step % self.config.training.eval_steps == 0:
-            reason = self.early_stopping.at_check(record.step, self.losses.last_mean(MOVING_WINDOW))
-        return ("complete", f"stopped early: {reason}") if reason else ("", "")
+        return ("stop_requested", "stopped by the control file STOP") if wishes.stop else ("", "")
 
-    def _close_step(self, record: StepRecord, *, save: bool, ending: bool) -> None:
-        training = self.config.training
-        last = record.step == self.total_steps
-        save = save or last or record.step % training.save_steps == 0
+    def _completion(self) -> str:
+        """Why training is complete; empty while it is not."""
+        if self.early_stopping.reason:
+            return f"stopped early: {self.early_stopping.reason}"
+        return f"all {self.total_steps} steps done" if self.state.global_step >= self.total_steps else ""
+
+    def _close_step(self, record: StepRecord, wishes: Wishes, cause: str) -> None:
         for observer in self.observers:
             observer.on_step(record, self.losses.last_mean(MOVING_WINDOW))
-        if self.eval_dataloader is not None and not ending and (save or record.step % training.eval_steps == 0):
-            self._evaluate_and_tell(record.step)
-        if save or ending:
+        hurried = wishes.signalled or wishes.stop  # a cluster kills soon after its signal: save before all else
+        if not hurried and self._evaluation_is_owed():
+            self._evaluate_and_tell()
+        if cause or wishes.save or self._is_scheduled():
             self.save()
+        if cause == "complete":
+            self._make_up_evaluation()
 
     # ---- evaluation and checkpoints
 
@@ -252,18 +256,35 @@ class Qwen3EncoderDecoderTrainer:
         loss = (totals[0] / totals[1].clamp(min=1)).item()
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
-    def _evaluate_and_tell(self, step: int) -> None:
-        metrics = self.evaluate()
-        self._metrics = {**metrics, "step": float(step)}
-        self.state.best_eval_loss = min(self.state.best_eval_loss, metrics["loss"])
+    def _evaluate_and_tell(self) -> None:
+        state, metrics = self.state, self.evaluate()
+        state.evaluation = {**metrics, "step": state.global_step}
+        state.best_eval_loss = min(state.best_eval_loss, metrics["loss"])
         for observer in self.observers:
-            observer.on_evaluation(step, metrics)
+            observer.on_evaluation(state.global_step, metrics)
+
+    def _evaluation_is_owed(self) -> bool:
+        """Whether the present step is one to evaluate at, and has not been: who is told to stop leaves without."""
+        step = self.state.global_step
+        due = self._is_scheduled() or step % self.config.training.eval_steps == 0
+        return self.eval_dataloader is not None and step > 0 and due and not self.state.metrics
+
+    def _make_up_evaluation(self) -> None:
+        """Make the evaluation that the saved step still lacks, and commit its checkpoint again."""
+        if self._evaluation_is_owed():
+            self._evaluate_and_tell()
+            self.save()
+
+    def _is_scheduled(self) -> bool:
+        """Whether a checkpoint of the present step is made without being asked for."""
+        step = self.state.global_step
+        return step >= self.total_steps or step % self.config.training.save_steps == 0
 
     def save(self) -> str:
         """Commit a checkpoint of the present step; returns its id."""
         began = time.perf_counter()
-        measured = self._metrics.get("step") == self.state.global_step
-        metrics = {key: value for key, value in self._metrics.items() if key != "step"} if measured else {}
+        # one that was only asked for has no metrics: it must not become the best, which an undisturbed run lacks
+        metrics = self.state.metrics if self._is_scheduled() or self._completion() else {}
         name = self.checkpoints.save(
             self.model, self.optimizer, self.schedule, self.state.global_step, metrics, extra_state=self._extra_state()
         )
@@ -278,16 +299,15 @@ class Qwen3EncoderDecoderTrainer:
         Raises:
             CheckpointError: it does not verify or is of another model.
         """
-        self._restore(self.checkpoints.load(path, self.model, self.optimizer, self.schedule), path.name)
+        self._restore(self.checkpoints.load(path, self.model, self.optimizer, self.schedule), path)
 
     def resume(self) -> int | None:
         """Continue from the newest valid checkpoint, if there is one; returns its step."""
         loaded = self.checkpoints.load_latest(self.model, self.optimizer, self.schedule)
         if loaded is None:
             return None
-        step, _, state = loaded
-        self._restore(state, f"step-{step}")
-        return step
+        self._restore(loaded[2], self.checkpoints.output_dir / f"step-{loaded[0]}")
+        return loaded[0]
 
     def start_from(self, resume_from: Path | None) -> None:
         """Continue from ``resume_from``, or else from the newest valid checkpoint; tell what was found."""
@@ -298,31 +318,22 @@ class Qwen3EncoderDecoderTrainer:
         distributed.on_rank_zero(self.checkpoints.discard_unfinished)
         step = self.resume()
         for reason in self.checkpoints.rejected:
-            log.warning("passed over and moved to quarantine: %s", reason)
+            log.warning("passed over and %s", reason)
         log.info("starting from the initial weights" if step is None else f"continuing from step {step}")
 
-    def _restore(self, state: dict[str, Any], name: str) -> None:
-        self.state = TrainingState(
-            global_step=state["step"],
-            epoch=state["epoch"],
-            best_eval_loss=math.inf if state["best_eval_loss"] is None else state["best_eval_loss"],
-            total_tokens_seen=state["tokens_seen"],
-            samples_consumed=state["samples_consumed"],
-        )
-        self.losses.load_state_dict(state["losses"])
-        self.early_stopping.load_state_dict(state["early_stopping"])
+    def _restore(self, state: dict[str, Any], folder: Path) -> None:
+        with reading(folder / TRAINER_STATE, "all that training continues from"):
+            self.state = TrainingState.from_state_dict(state)
+            self.losses.load_state_dict(state["losses"])
+            self.early_stopping.load_state_dict(state["early_stopping"])
         self.train_dataloader.batch_sampler.set_position(self.state.samples_consumed)  # type: ignore[union-attr]
         self._batches = None
-        self._last_saved = name
+        self._last_saved = folder.name
 
     def _extra_state(self) -> dict[str, Any]:
-        best = self.state.best_eval_loss
         return {
-            "samples_consumed": self.state.samples_consumed,
-            "tokens_seen": self.state.total_tokens_seen,
-            "epoch": self.state.epoch,
+            **self.state.state_dict(),
             "seed": self.config.training.seed,
-            "best_eval_loss": best if math.isfinite(best) else None,
             "losses": self.losses.state_dict(),
             "early_stopping": self.early_stopping.state_dict(),
         }

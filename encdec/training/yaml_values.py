@@ -39,20 +39,20 @@ def parse_yaml(text: str) -> Any:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping; an empty file is an empty mapping.
+    """A YAML file, UTF-8 in any locale, that holds a mapping; an empty file is an empty mapping.
 
     Raises:
         ConfigError: unreadable, not YAML, or not a mapping.
     """
     try:
-        values = parse_yaml(Path(path).read_text())
+        values = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             "The configuration file must be readable",
-            found=f"{path} ({getattr(error, 'strerror', None) or error})",
-            remedy="Give --config the path of a YAML file, for example configs/tiny.yaml",
+            found=f"{Path(path).absolute()} ({getattr(error, 'strerror', None) or error})",
+            remedy="Run from the repository's directory, where configs/tiny.yaml is, or give --config an absolute path",
         ) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or a number that cannot be
         raise ConfigError(
             "The configuration file must be YAML",
             found=f"{path}: {' '.join(str(error).split())}",
@@ -87,7 +87,7 @@ def apply_settings(values: Mapping[str, Any], settings: Iterable[str]) -> dict[s
             )
         try:
             value = parse_yaml(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):
             raise ConfigError(
                 "The value of --set must be YAML",
                 found=repr(setting),

@@ -39,6 +39,12 @@ def foreign(folder: Path) -> list[str]:
     return [*RUN, "--run-dir", str(folder.parent / "mine")]
 
 
+def damaged(folder: Path) -> list[str]:
+    (folder.parent / "mine").mkdir()
+    (folder.parent / "mine" / "run.yaml").write_text("name: x\nphase:")
+    return [*RUN, "--run-dir", str(folder.parent / "mine")]
+
+
 # name -> (arguments, made in a folder of their own; words that the message must have: rule, value, remedy)
 CASES: dict[str, tuple[Callable[[Path], list[str]], tuple[str, ...]]] = {
     "unknown key": (
@@ -64,8 +70,22 @@ CASES: dict[str, tuple[Callable[[Path], list[str]], tuple[str, ...]]] = {
     "directory of something else": (foreign, ("holds run.yaml or does not exist yet", "mine", "another")),
     "missing configuration": (
         lambda f: ["--phase", "sanity_check", "--config", "nowhere.yaml"],
-        ("must be readable", "nowhere.yaml", "configs/tiny.yaml"),
+        ("must be readable", "/home/nowhere.yaml (No such file", "configs/tiny.yaml", "absolute path"),
     ),
+    "default configuration from another directory": (
+        lambda f: ["--phase", "sanity_check"],
+        ("/home/configs/training_config.yaml (No such file", "Run from the repository's directory", "absolute path"),
+    ),
+    "section that is a number": (lambda f: config(f, "infra: 3"), ("infra must be a section", "found 3", "below it")),
+    "vocabulary too small": (
+        lambda f: [*RUN, "--set", "model.train_tokenizer_vocab_size=1"],
+        ("model.train_tokenizer_vocab_size", "found 1", "Use 274 or more"),
+    ),
+    "positions that do not cover the lengths": (
+        lambda f: [*RUN, "--set", "model.from_scratch.max_position_embeddings=32"],
+        ("max_position_embeddings", "data.max_encoder_length=64", "found 32", "Use 64 or more"),
+    ),
+    "damaged run directory": (damaged, ("run.yaml must be as it was", "mine/run.yaml", "Restore")),
     "configuration that is no YAML": (lambda f: config(f, "a: [1"), ("must be YAML", "Mend")),
     "configuration that is a list": (lambda f: config(f, "[1, 2]"), ("mapping of sections", "list", "training")),
     "empty corpus": (empty_corpus, ("text", "none in", "data.dataset_name")),

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import pty
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from encdec.files import RunPaths
-from tests.conftest import REPOSITORY, Lab, losses
+from encdec.training.run_config import resolve_run
+from tests.conftest import MICRO, REPOSITORY, Lab, losses
 
 BIN = Path(sys.executable).parent
 
@@ -87,3 +91,72 @@ def test_directory_of_another_run_is_refused(lab: Lab, twin: RunPaths):
     assert code != 0
     assert "config.training.seed: 42 there, 7 now" in output
     assert sorted(twin.root.rglob("*")) == before
+
+
+def test_what_stops_all_ranks_is_told_once(lab: Lab):
+    code, output, paths = train(lab, "run", torchrun(2), "--set", "training.sed=1")
+    assert code != 0
+    assert output.count("every key must be known, found training.sed. Write seed instead.") == 1
+    assert "error: " in output
+    assert not paths.root.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--confg", "x"), ("--config", "python -m encdec.train --help")),
+        (("--config", str(MICRO), "--phase", "ful"), ("'ful'", "Did you mean full?")),
+        (
+            ("--config", str(MICRO), "--set", "infra.num_gpus=1", "--output_dir", "/proc/run"),
+            ("run directory must be writable", "/proc/run (", "--output_dir"),
+        ),
+    ],
+    ids=["unknown flag", "unknown phase", "unwritable directory"],
+)
+def test_mistake_is_one_paragraph(lab: Lab, arguments: tuple[str, ...], words: tuple[str, ...]):
+    code, output = lab.run("encdec.train", *arguments)
+    assert code == 78
+    assert output.startswith("error: ") and output.count("\n") == 1
+    for word in words:
+        assert word in output
+
+
+SHORT = ("infra.num_gpus=1", "training.num_train_steps=2", "training.eval_samples=0")
+
+
+def as_settings(*settings: str) -> list[str]:
+    return [word for setting in settings for word in ("--set", setting)]
+
+
+def test_output_directory_of_the_configuration_is_the_flag_s(lab: Lab):
+    """``--set infra.output_dir`` counts, and it is the same run; with standard input closed, nothing is asked."""
+    paths = RunPaths(lab.root / "by setting")
+    closed = ("sh", "-c", 'exec "$0" "$@" <&-', sys.executable)
+    arguments = lab.arguments(*as_settings(*SHORT))
+    code, output = lab.run("encdec.train", *arguments, "--set", f"infra.output_dir={paths.root}", launcher=closed)
+    assert code == 0, output
+    assert list(losses(paths)) == [1, 2]
+    code, output = lab.run("encdec.train", *arguments, "--output_dir", str(paths.root), launcher=closed)
+    assert code == 0, output
+    assert "continuing from step 2" in output
+
+
+@pytest.mark.parametrize("answer", [b"\x04", b"n\n"], ids=["end of input", "no"])
+def test_run_that_is_not_to_be_continued_is_left_alone(lab: Lab, answer: bytes):
+    paths = RunPaths(lab.root / "run")
+    paths.make()
+    settings = [*SHORT, f"data.packed_dir={lab.packed}"]
+    resolve_run(None, config_file=MICRO, settings=settings).write(paths.run_yaml)
+    person, terminal = pty.openpty()
+    os.write(person, answer)
+    arguments = ["--config", str(MICRO), *as_settings(*settings), "--output_dir", str(paths.root)]
+    command = [sys.executable, "-m", "encdec.train", *arguments]
+    try:
+        done = subprocess.run(command, cwd=REPOSITORY, stdin=terminal, capture_output=True, text=True, check=False)
+    finally:
+        os.close(person)
+        os.close(terminal)
+    assert done.returncode == 78
+    assert "Continue it?" in done.stdout
+    assert done.stderr.startswith("error: A run directory holds one run")
+    assert paths.attempt_numbers() == []

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
+import time
+from pathlib import Path
 
 import psutil
+import pytest
 
+from encdec.checkpoints import logical_digest
 from encdec.files import RunPaths
 from encdec.records import read_json_lines
 from tests.conftest import Lab, agent_of, kill_everything, losses, ranks_of, wait_for_step, wait_until
@@ -132,3 +136,75 @@ def test_deterministic_crash_is_given_up(lab: Lab):
     assert process.returncode == 1, output
     assert outcome(paths)["cause"] == "crash"
     assert "SIGKILL" in outcome(paths)["message"]
+
+
+def kill_at(paths: RunPaths, folder: Path, pattern: str) -> None:
+    """SIGKILL everything while ``folder`` holds a ``pattern``.
+
+    Such moments are milliseconds: the ranks run in slices of one, and are looked at while they stand still.
+    """
+    wait_until(lambda: paths.attempt(0).process.exists() and len(ranks_of(paths)) >= 2, "the ranks are there")
+    ranks = ranks_of(paths)
+    while all(rank.is_running() for rank in ranks):
+        for rank in ranks:
+            rank.suspend()
+        if any(folder.glob(pattern)):
+            kill_everything(paths)
+            assert any(folder.glob(pattern))
+            return
+        for rank in ranks:
+            rank.resume()
+        time.sleep(0.001)
+    pytest.fail(f"the ranks ended before {folder} was seen with {pattern}")
+
+
+@pytest.mark.parametrize("written", ["fsdp2/.metadata", "manifest.json"])
+def test_kill_in_the_middle_of_a_save(lab: Lab, twin: RunPaths, twin_digest: str, written: str):
+    """The payload is complete without a manifest; the manifest is there, but the folder has not got its name."""
+    paths = RunPaths(lab.root / "run")
+    often = ("--set", "training.save_steps=4")
+    process = lab.start_submit(paths.root, *often)
+    wait_for_step(paths, 4)
+    kill_at(paths, paths.checkpoints, f"step-*.tmp-0/{written}")
+    process.communicate(timeout=60)
+    code, output = lab.submit(paths.root, *often)
+    assert code == 0, output
+    assert lab.digest(paths.checkpoints / "step-60") == twin_digest
+    assert losses(paths) == losses(twin)
+    assert not list(paths.checkpoints.glob("*.tmp-*"))
+
+
+@pytest.mark.parametrize("made", ["tokenizer", "packed"])
+def test_kill_while_text_is_prepared(lab: Lab, twin: RunPaths, twin_digest: str, made: str):
+    paths = RunPaths(lab.root / "run")
+    lab.packed = lab.root / "packed"
+    process = lab.start_submit(paths.root)
+    kill_at(paths, lab.packed, f".{made}-*.tmp")
+    assert not list(lab.packed.glob(f"{made}-*[!k]"))  # but for its .lock
+    process.communicate(timeout=60)
+    code, output = lab.submit(paths.root)
+    assert code == 0, output
+    assert lab.digest(paths.checkpoints / "step-60") == twin_digest
+    assert losses(paths) == losses(twin)
+
+
+def test_run_that_is_killed_after_it_stopped_early_goes_no_further(lab: Lab):
+    """No fall of the loss counts: the check at step 52 sets the mark, the next one ends the run."""
+    settings = {"eval_steps": 4, "early_stopping_min_delta": 100.0, "early_stopping_patience": 1}
+    strict = [word for name, value in settings.items() for word in ("--set", f"training.{name}={value}")]
+    alone, paths = RunPaths(lab.root / "alone"), RunPaths(lab.root / "run")
+    code, output = lab.submit(alone.root, *strict)
+    assert code == 0, output
+    assert outcome(alone)["step"] == 56
+    assert "stopped early" in outcome(alone)["message"]
+    process = lab.start_submit(paths.root, *strict)
+    wait_for_step(paths, 50)
+    kill_at(paths, paths.checkpoints, "step-56")
+    process.communicate(timeout=60)
+    assert not paths.attempt(0).outcome.exists()
+    code, output = lab.submit(paths.root, *strict)
+    assert code == 0, output
+    same = ("cause", "step", "message", "first_loss", "last_loss")
+    assert [outcome(paths, attempt=1)[name] for name in same] == [outcome(alone)[name] for name in same]
+    assert logical_digest(paths.checkpoints / "step-56") == logical_digest(alone.checkpoints / "step-56")
+    assert losses(paths) == losses(alone)

@@ -17,45 +17,7 @@ from encdec.checkpoints import CheckpointManager, logical_digest
 from encdec.checkpoints import __main__ as command
 from encdec.checkpoints.manifest import MANIFEST, read_manifest, verify
 from encdec.errors import CheckpointError, FencedError
-from encdec.training.schedule import Schedule
-
-
-class Lab:
-    """A small model with its optimizer and schedule, trained a few steps."""
-
-    def __init__(self, seed: int = 0, width: int = 6) -> None:
-        torch.manual_seed(seed)
-        self.model = nn.Sequential(nn.Linear(width, 5), nn.LayerNorm(5), nn.Linear(5, 3))
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1, fused=True)
-        self.schedule = Schedule(peak=0.1, warmup_steps=2, total_steps=20, min_ratio=0.1, shape="cosine")
-        self.width = width
-
-    def step(self) -> float:
-        torch.manual_seed(self.schedule.step)
-        self.schedule.apply(self.optimizer)
-        loss = self.model(torch.randn(4, self.width)).square().mean()
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return loss.item()
-
-    def save(self, manager: CheckpointManager, metrics: dict[str, float] | None = None) -> str:
-        step = self.schedule.step
-        state = {"samples_consumed": 8 * step, "seed": 1, "epoch": 0}
-        return manager.save(self.model, self.optimizer, self.schedule, step, metrics, extra_state=state)
-
-    def parts(self) -> tuple[nn.Module, torch.optim.Optimizer, Schedule]:
-        return self.model, self.optimizer, self.schedule
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> tuple[CheckpointManager, Lab]:
-    """Checkpoints of steps 1, 2 and 3."""
-    manager, lab = CheckpointManager(tmp_path / "checkpoints"), Lab()
-    for _ in range(3):
-        lab.step()
-        lab.save(manager)
-    return manager, lab
+from tests.encdec.checkpoints.damage import Lab, flip, payload
 
 
 def test_load_goes_on_bit_identically(saved):
@@ -76,16 +38,6 @@ def test_nobody_else_can_read_and_nothing_temporary_stays(saved):
     assert sorted(path.name for path in manager.output_dir.iterdir()) == ["step-1", "step-2", "step-3"]
 
 
-def flip(path: Path, position: int = 100) -> None:
-    content = bytearray(path.read_bytes())
-    content[position % len(content)] ^= 0x10
-    path.write_bytes(content)
-
-
-def payload(folder: Path) -> Path:
-    return next((folder / "fsdp2").glob("*.distcp"))
-
-
 def edit_manifest(folder: Path) -> None:
     values = json.loads((folder / MANIFEST).read_text())
     values["samples_consumed"] += 8
@@ -99,7 +51,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "flipped bit in the trainer state": (lambda f: flip(f / "trainer_state.json", 8), "trainer_state.json"),
     "truncated shard": (lambda f: os.truncate(payload(f), 50), "50 bytes"),
     "missing shard": (lambda f: payload(f).unlink(), "no such file"),
-    "missing manifest": (lambda f: (f / MANIFEST).unlink(), "none"),
+    "missing manifest": (lambda f: (f / MANIFEST).unlink(), "no such file"),
     "torn manifest": (lambda f: os.truncate(f / MANIFEST, 40), "readable manifest"),
     "changed manifest": (edit_manifest, "own digest"),
     "stale file": (lambda f: (f / "fsdp2" / "__7_0.distcp").write_bytes(b"old"), "does not list"),
@@ -108,7 +60,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (shutil.rmtree(f), shutil.copytree(f.parent / "step-2", f)),
         "step 2",
     ),
-    "empty folder": (lambda f: (shutil.rmtree(f), f.mkdir()), "none"),
+    "empty folder": (lambda f: (shutil.rmtree(f), f.mkdir()), "no such file"),
 }
 
 
@@ -151,6 +103,19 @@ def test_unfinished_saves_are_neither_used_nor_kept(saved):
     assert manager.newest_valid() == manager.output_dir / "step-3"
     manager.discard_unfinished()
     assert not list(manager.output_dir.glob("*.tmp-*"))
+
+
+def test_kill_between_the_two_renames_of_a_commit_loses_nothing(saved):
+    manager, _ = saved
+    step_3 = manager.output_dir / "step-3"
+    shutil.copytree(step_3, manager.output_dir / "step-3.tmp-1")
+    step_3.rename(manager.output_dir / "step-3.tmp-replaced-77")
+    manager.discard_unfinished()
+    assert sorted(path.name for path in manager.output_dir.iterdir()) == ["step-1", "step-2", "step-3"]
+    manager.validate("step-3")
+    shutil.copytree(step_3, manager.output_dir / "step-3.tmp-replaced-77")  # killed after the second
+    manager.discard_unfinished()
+    assert sorted(path.name for path in manager.output_dir.iterdir()) == ["step-1", "step-2", "step-3"]
 
 
 def test_fenced_attempt_commits_nothing(tmp_path: Path):

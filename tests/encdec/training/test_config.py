@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,7 +64,7 @@ def test_parts_are_assignable_and_checked_on_assignment():
     st.fixed_dictionaries(
         {
             "training": st.fixed_dictionaries(
-                {"learning_rate": st.floats(1e-9, 10), "seed": st.integers(0, 2**31), "bf16": st.booleans()}
+                {"learning_rate": st.floats(1e-9, 10), "seed": st.integers(0, 2**64 - 1), "bf16": st.booleans()}
             ),
             "data": st.fixed_dictionaries(
                 {"text_column": st.text(min_size=1), "max_examples": st.none() | st.integers(1, 9)}
@@ -80,6 +83,49 @@ def test_exponent_without_a_dot_is_a_number(tmp_path: Path):
     path = tmp_path / "c.yaml"
     path.write_text("training: {learning_rate: 2e-4, adam_epsilon: 1E-9}")
     assert FullConfig.from_yaml(path).training.learning_rate == 2e-4
+
+
+def test_text_is_utf_8_in_any_locale(tmp_path: Path):
+    path = tmp_path / "c.yaml"
+    path.write_text("infra: {wandb_project: Größe}  # ½\n", encoding="utf-8")
+    read = (
+        "import sys; from encdec.training.config import FullConfig;"
+        "assert FullConfig.from_yaml(sys.argv[1]).infra.wandb_project == 'Gr\\xf6\\xdfe'"
+    )
+    ascii_locale = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", read, str(path)], env=ascii_locale, cwd=REPOSITORY, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_section_with_nothing_under_it_is_as_one_left_out(tmp_path: Path):
+    path = tmp_path / "c.yaml"
+    path.write_text("model:\ndata:\ntraining:\ninfra:\nphases:\n")
+    assert FullConfig.from_yaml(path) == FullConfig()
+    path.write_text("phases:\n  sanity_check:\n  full: {num_train_steps: 7}\n")
+    assert FullConfig.from_yaml(path).phases["full"].num_train_steps == 7
+    path.write_text("training:\n  seed:\n")  # a key with nothing behind it is a slip
+    with pytest.raises(ConfigError, match=r"training\.seed"):
+        FullConfig.from_yaml(path)
+
+
+@pytest.mark.parametrize("text", ["infra: 3", "infra: [device, cpu]", "infra: cpu", "phases: 3", "phases: {full: 3}"])
+def test_section_that_is_a_value_is_refused(tmp_path: Path, text: str):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="must be a section of keys and values, found"):
+        FullConfig.from_yaml(path)
+
+
+@pytest.mark.parametrize("text", ["at: 2020-13-45", "1: 2", "null: 3", "{a: 1}: 2", "n: " + "9" * 5000])
+def test_odd_yaml_is_refused_in_one_paragraph(tmp_path: Path, text: str):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        FullConfig.from_yaml(path)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("file", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda path: path.name)
@@ -161,6 +207,7 @@ def test_division_of_the_global_batch(share: int, largest: int, world: int):
 def test_identity_is_what_is_computed_not_where():
     run = resolved()
     assert resolved(name="other", ranks_per_node=1).identity == run.identity
+    assert resolved("infra.output_dir=there", "infra.logging_dir=elsewhere").identity == run.identity
     assert resolved("training.seed=1").identity != run.identity
     assert resolved(phase=TrainingPhase.VALIDATION).identity != run.identity
     assert run.name == f"sanity_check-{run.identity[:8]}"

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from encdec import distributed
 from encdec.files import RunPaths
 from encdec.training.config import TrainingConfig
 from encdec.training.early_stopping import EarlyStopping
@@ -71,6 +72,19 @@ def test_plateau_counts_checks_without_improvement_across_restarts():
     assert made.at_check(300, 2.9) is None
 
 
+def test_verdict_survives_a_restart():
+    made = rules()
+    assert made.reason is None
+    assert [made.judge(step, 1.0, 3.0) is None for step in (500, 501, 1000, 1500)] == [True, True, True, False]
+    resumed = rules()
+    resumed.load_state_dict(made.state_dict())
+    assert resumed.reason == made.reason
+    assert "3.0000" in resumed.reason
+    indifferent = rules(early_stopping_enabled=False)
+    indifferent.load_state_dict(made.state_dict())
+    assert indifferent.reason is None
+
+
 def test_early_stopping_can_be_switched_off():
     made = rules(early_stopping_enabled=False)
     assert all(made.after_step(step, math.inf) is None for step in range(100))
@@ -128,3 +142,13 @@ def test_control_files(tmp_path: Path):
     paths.stop_request.touch()
     assert Requests(paths).look() == Wishes(signalled=False, stop=True, save=False)
     assert paths.stop_request.exists()
+
+
+def test_only_rank_zero_asks_the_storage_for_control_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    paths = RunPaths(tmp_path)
+    paths.make()
+    paths.save_request.touch()
+    paths.stop_request.touch()
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    assert Requests(paths).look() == Wishes(signalled=False, stop=False, save=False)
+    assert paths.save_request.exists()

@@ -1,0 +1,115 @@
+"""Rules that the configuration must keep beyond each key's own: between keys, and what this version can honour."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from encdec.errors import ConfigError
+from encdec.training.config import ArchitectureConfig, FullConfig
+from encdec.vocabulary import BYTE_ALPHABET_SIZE, smallest_vocabulary
+
+
+def check_rules(config: FullConfig) -> None:
+    """All of them.
+
+    Raises:
+        ConfigError: one is broken; names the keys.
+    """
+    refuse_what_is_not_built(config)
+    _require_room_in_vocabulary(config)
+    _require_positions(config)
+    _require_local_models(config)
+
+
+def require_memory(shape: ArchitectureConfig, vocab_size: int, ranks: int, memory: int) -> None:
+    """Each rank of a node builds the whole model in fp32 on the host before it is sharded.
+
+    Args:
+        ranks: ranks on this node.
+        memory: the node's, bytes.
+
+    Raises:
+        ConfigError: the weights alone do not fit.
+    """
+    parameters = count_parameters(shape, vocab_size)
+    if 4 * parameters * ranks > memory:
+        raise ConfigError(
+            f"The weights of model.from_scratch in fp32, once a rank, must fit this node's {memory / 1e9:,.0f} GB",
+            found=f"{parameters:,} parameters on {ranks} ranks, {4 * parameters * ranks / 1e9:,.0f} GB",
+            remedy="Lower the sizes of model.from_scratch or infra.num_gpus",
+        )
+
+
+def count_parameters(shape: ArchitectureConfig, vocab_size: int) -> int:
+    """Parameters of the encoder-decoder: two stacks of Qwen3 layers, their last norms, one embedding."""
+    heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
+    attention = 2 * shape.hidden_size * shape.head_dim * (heads + kv_heads) + 2 * shape.head_dim
+    layer = attention + 3 * shape.hidden_size * shape.intermediate_size + 2 * shape.hidden_size
+    return 2 * (shape.num_hidden_layers * layer + shape.hidden_size) + vocab_size * shape.hidden_size
+
+
+def _require_room_in_vocabulary(config: FullConfig) -> None:
+    """A trained tokenizer has at least its bytes, padding, end and sentinels."""
+    size, sentinels = config.model.train_tokenizer_vocab_size, config.model.num_sentinel_tokens
+    least = smallest_vocabulary(sentinels)
+    if size is not None and size < least:
+        raise ConfigError(
+            f"model.train_tokenizer_vocab_size must hold {BYTE_ALPHABET_SIZE} bytes, padding, end and "
+            f"model.num_sentinel_tokens={sentinels} sentinels",
+            found=size,
+            remedy=f"Use {least} or more",
+        )
+
+
+def _require_positions(config: FullConfig) -> None:
+    """Either side counts its positions from 0: encoder keys get none of the decoder's in merged attention."""
+    if config.model.from_scratch is None:
+        return
+    positions = config.model.from_scratch.max_position_embeddings
+    lengths = {key: getattr(config.data, key) for key in ("max_encoder_length", "max_decoder_length")}
+    if positions < max(lengths.values()):
+        shown = " and ".join(f"data.{key}={length}" for key, length in lengths.items())
+        raise ConfigError(
+            f"model.from_scratch.max_position_embeddings must cover {shown}",
+            found=positions,
+            remedy=f"Use {max(lengths.values())} or more, or lower the lengths",
+        )
+
+
+def _require_local_models(config: FullConfig) -> None:
+    """A name that can only be a path must be a folder; any other may be on the hub, which is not asked from here."""
+    model = config.model
+    used = {
+        "model.model_name_or_path": None if model.from_scratch else model.model_name_or_path,
+        "model.tokenizer_name_or_path": None if model.train_tokenizer_vocab_size else model.tokenizer_name_or_path,
+    }
+    for key, name in used.items():
+        if name is not None and name.startswith(("/", "./", "../", "~")) and not Path(name).is_dir():
+            raise ConfigError(
+                f"{key} must be a folder or a name on the hub",
+                found=f"{name}, and no folder at {Path(name).absolute()}",
+                remedy="Correct the path; an absolute one means the same everywhere",
+            )
+
+
+def refuse_what_is_not_built(config: FullConfig) -> None:
+    """Refuse, by name, options that are part of the tree but that this version cannot honour.
+
+    Raises:
+        ConfigError: such an option is set.
+    """
+    unbuilt: Mapping[str, tuple[bool, object, str]] = {
+        "training.fp16": (config.training.fp16, True, "Use training.bf16=true"),
+        "training.optimizer": (config.training.optimizer == "muon", "muon", "Use adamw"),
+        "infra.distributed_type": (
+            config.infra.distributed_type != "fsdp", config.infra.distributed_type, "Use fsdp",
+        ),
+        "infra.deepspeed_config": (bool(config.infra.deepspeed_config), config.infra.deepspeed_config, "Leave it out"),
+        "data.tokenize_on_fly": (config.data.tokenize_on_fly, True, "Use false: text is packed once, then read"),
+        "data.sources": (bool(config.data.sources), config.data.sources, "Give one data.dataset_name"),
+        "data.mix_ratios": (bool(config.data.mix_ratios), config.data.mix_ratios, "Give one data.dataset_name"),
+    }  # fmt: skip
+    for path, (is_set, value, remedy) in unbuilt.items():
+        if is_set:
+            raise ConfigError(f"{path} must be one that this version can honour", found=value, remedy=remedy)
