@@ -104,7 +104,7 @@ def join(allocation: Allocation, paths: RunPaths) -> Seat:
                 remedy="See the log of the job's first task, and that all nodes see the same run directory",
             )
         time.sleep(SECONDS_BETWEEN_LOOKS)
-    number = json.loads(told.read_text())["attempt"]
+    number = json.loads(told.read_text(encoding="utf-8"))["attempt"]
     endpoint = read_record(paths.attempt(number).process, ProcessRecord).endpoint
     assert endpoint is not None, "the head node of a Slurm job says where the nodes meet"
     address = address_towards(endpoint.rpartition(":")[0])

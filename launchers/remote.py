@@ -13,12 +13,13 @@ from collections.abc import Iterator, Mapping
 import submitit
 from submitit.core.utils import FailedJobError
 
+from encdec.command_line import INTERRUPTED
 from encdec.errors import ConfigError, EncdecError, ExitCode
 from encdec.files import RunPaths, atomic_write_json, atomic_write_text
 from encdec.records import JobRecord, Outcome, ProcessRecord, read_record
 from encdec.training.run_config import RunConfig
 from launchers import show, slurm
-from launchers.interrupts import INTERRUPTED, held_back
+from launchers.interrupts import held_back
 from launchers.job import RunPhase
 from launchers.progress import Progress, make_console
 from launchers.run_directory import code_environment, note, require_snapshot
@@ -73,7 +74,7 @@ def start(paths: RunPaths, run: RunConfig, flags: Mapping[str, str]) -> str:
             "give the command again",
         ) from None
     atomic_write_json(paths.job, JobRecord(job=job.job_id, submitted=time.time()).to_json())
-    atomic_write_text(paths.root / "submit.sbatch", job.paths.submission_file.read_text())
+    atomic_write_text(paths.root / "submit.sbatch", job.paths.submission_file.read_text(encoding="utf-8"))
     note(paths, "submitted", cluster="slurm", job=job.job_id)
     return job.job_id
 

@@ -301,7 +301,7 @@ def read_trainer_state(folder: Path) -> dict[str, Any]:
         CheckpointError: not JSON, or without a step and a scheduler.
     """
     with reading(folder / TRAINER_STATE, "step and scheduler"):
-        state = json.loads((folder / TRAINER_STATE).read_text())
+        state = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
         return {**state, "step": int(state["step"]), "scheduler": dict(state["scheduler"])}
 
 

@@ -98,7 +98,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     with reading(path, "a readable manifest"):
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
         digest = values.pop("digest")
         if values["format_version"] != FORMAT_VERSION:
             raise _broken(path, f"a manifest of format {FORMAT_VERSION}", values["format_version"])
