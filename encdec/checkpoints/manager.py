@@ -26,7 +26,6 @@ from encdec.checkpoints import folders, fsdp2
 from encdec.checkpoints.manifest import (
     FileRecord,
     Manifest,
-    UnreadableCheckpoint,
     hash_file,
     read_manifest,
     reading,
@@ -35,7 +34,7 @@ from encdec.checkpoints.manifest import (
     verify_names,
     write_manifest,
 )
-from encdec.errors import CheckpointError
+from encdec.errors import CheckpointError, UnreadableCheckpoint
 
 TRAINER_STATE = "trainer_state.json"
 PAYLOAD = "fsdp2"
