@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 
+from encdec.command_line import INTERRUPTED
 from encdec.errors import EncdecError, ExitCode
 from encdec.files import RunPaths
 from encdec.records import Outcome, ProcessRecord, read_record
 from launchers import show, slurm
-from launchers.interrupts import INTERRUPTED
 from launchers.jobs import jobs_of
 from launchers.progress import Progress, make_console
 
