@@ -17,6 +17,7 @@ from typing import Any
 
 from encdec.files import AttemptPaths
 from encdec.records import JsonLinesWriter, Refusal, event, read_json_lines, read_record
+from launchers.forkserver import early_signals
 from launchers.node import NodeJob, RankGroup
 from launchers.outcomes import AttemptFacts
 from launchers.rank import run_rank
@@ -61,6 +62,7 @@ class NodeAgent:
         prepare_environment()
         for number in FORWARDED:
             signal.signal(number, self._on_signal)
+        self.stop_signal = early_signals[-1] if early_signals else None
         signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
         from launchers.elastic import supervise  # imports torch while the forkserver imports the rest
 

@@ -81,7 +81,7 @@ class Continuation:
     def end(self, outcome: Outcome, stop_signal: str | None, ledger: JsonLinesWriter) -> None:
         """Do what is to follow, and write down what it was."""
         ending = slurm.Ending.NONE
-        if stop_signal == "SIGTERM":
+        if outcome.cause == "signalled":  # whatever the signal: a scancel may have followed it, or reached another node
             facts = slurm.job_facts(self.allocation.job)
             ending = slurm.why_ending(facts, restarts=self.allocation.restarts, now=time.time())
         move = next_move(outcome, stop_signal, ending)

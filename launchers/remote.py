@@ -9,6 +9,7 @@ import re
 import secrets
 import shlex
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -26,6 +27,8 @@ from launchers.job import RunPhase
 from launchers.launch_options import LaunchOptions
 from launchers.run_directory import code_environment, note, require_snapshot
 
+DEAF = """sh -c 'trap "" USR2; exec "$@"' sh"""
+"""Starts Python deaf to a warning that comes before it can have a handler; the job's end time is looked at later."""
 PICKLE = re.compile(r"[0-9a-f]{32}\.pkl")
 SCRIPT = re.compile(r"\.submission_file_[0-9a-f]{32}\.sh")
 """What submitit writes before sbatch, and moves once it has answered."""
@@ -49,7 +52,7 @@ def start(paths: RunPaths, run: RunConfig, flags: Mapping[str, str], options: La
     record = JobRecord(submission=secrets.token_hex(4), job=None, submitted=time.time())
     atomic_write_json(paths.job, record.to_json())
     comment = comment_of(run, record)
-    executor = submitit.SlurmExecutor(folder=paths.submitit)
+    executor = submitit.SlurmExecutor(folder=paths.submitit, python=f"{DEAF} {shlex.quote(sys.executable)}")
     executor.update_parameters(**sbatch_parameters(paths, run, flags, options, comment))
     before = set(paths.submitit.iterdir())
     try:

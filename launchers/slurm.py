@@ -19,9 +19,11 @@ from encdec.errors import EncdecError, MissingPrerequisite
 
 COMMAND_TIMEOUT_SECONDS = 20
 """Commands answer in milliseconds; a dead controller takes 4-14 s to be given up."""
-REQUEUE_TRIES = 3
+REQUEUE_TRIES = 60
 SECONDS_BETWEEN_REQUEUE_TRIES = 5.0
-"""A controller that is down for a moment refuses a requeue with a misleading text."""
+"""A controller that is away refuses a requeue with a misleading text. There is nothing better to do than to ask again
+until it is back or the job's time is up.
+"""
 
 KEPT = frozenset({"SLURM_CONF", "SLURM_JWT", "SLURM_CLUSTERS"})
 """Which cluster, and as whom: not facts of the job that this shell may be part of."""
