@@ -30,6 +30,7 @@ SETTINGS = (
     "training.total_tokens=1000000000000",
     "training.eval_samples=0",
 )
+RANKS = 2
 TIME_LIMIT_MINUTES = 60
 SECONDS_BETWEEN_LOOKS = 0.1
 
@@ -72,12 +73,19 @@ def new_sandbox(nodes: int) -> Iterator[tuple[Sandbox, Path]]:
         shutil.rmtree(folder)
 
 
-def submit(peer: str, sandbox: Sandbox, root: Path, packed: Path, *settings: str, ranks: int = 2) -> SlurmJob:
-    """Submit the micro run on one node under ``peer``: ``ours`` or ``submitit``."""
+@contextlib.contextmanager
+def login(sandbox: Sandbox) -> Iterator[None]:
+    """This process on the login node of the sandbox."""
     with outside_any_job():
         # the ranks share this machine's cores: threads that spin while they wait would slow the others down
         os.environ.update(sandbox.environment, OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
-        job = (ours if peer == "ours" else by_submitit)(root, packed, *SETTINGS, *settings, ranks=ranks)
+        yield
+
+
+def submit(peer: str, sandbox: Sandbox, root: Path, packed: Path, *settings: str, ranks: int = RANKS) -> SlurmJob:
+    """Submit the micro run on one node under ``peer``: ``ours`` or ``submitit``."""
+    with login(sandbox):
+        job = (ours if peer == "ours" else by_submitit)(root, packed, *settings, ranks=ranks)
     return SlurmJob(sandbox, job, RunPaths(root))
 
 
@@ -90,10 +98,11 @@ def ours(root: Path, packed: Path, *settings: str, ranks: int) -> str:
     return json.loads((root / "job.json").read_text())["job"]
 
 
-def command(root: Path, packed: Path, *settings: str, ranks: int) -> list[str]:
+def command(root: Path, packed: Path, *settings: str, ranks: int = RANKS) -> list[str]:
     """Our command line; given again with ``--wait`` it follows the job that is there."""
     where = ["--cluster", "slurm", "--run-dir", str(root), "--time", str(TIME_LIMIT_MINUTES)]
-    return [sys.executable, "-m", "launchers.submit", *where, *program_arguments(packed, *settings, ranks=ranks)]
+    program = program_arguments(packed, *SETTINGS, *settings, ranks=ranks)
+    return [sys.executable, "-m", "launchers.submit", *where, *program]
 
 
 def by_submitit(root: Path, packed: Path, *settings: str, ranks: int) -> str:
@@ -102,9 +111,8 @@ def by_submitit(root: Path, packed: Path, *settings: str, ranks: int) -> str:
         nodes=1, ntasks_per_node=ranks, cpus_per_task=1, time=TIME_LIMIT_MINUTES,
         setup=[f"export PYTHONPATH={REPOSITORY}"],
     )  # fmt: skip
-    return executor.submit(
-        Training("--output_dir", str(root), *program_arguments(packed, *settings, ranks=ranks))
-    ).job_id
+    program = program_arguments(packed, *SETTINGS, *settings, ranks=ranks)
+    return executor.submit(Training("--output_dir", str(root), *program)).job_id
 
 
 def wait_until(condition: Callable[[], object], what: str, seconds: float = PATIENCE_SECONDS) -> None:
