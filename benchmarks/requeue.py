@@ -47,6 +47,8 @@ class Round:
     """Steps computed by both attempts."""
     lost: int = 0
     """Steps that no attempt has recorded, below the last."""
+    ended: str = ""
+    """Slurm's word for a job that did not go on."""
     hold_off: float = 0.0
     """Seconds that Slurm would have held the requeued job."""
 
@@ -84,7 +86,7 @@ def job_goes_on(job: SlurmJob, played: Round) -> bool:
     """Look at the queue until the job runs again; lift the hold-off once. False if the job has ended."""
     if "running" in played.moments:
         return True  # from here on its files tell, and nobody is asked
-    state = job.state()
+    ended_before, state = played.ended, job.state()
     if state == "PENDING" and "pending" not in played.moments:
         played.moments["pending"] = time.time()
         queued, start = job.sandbox.run("squeue", "-h", "-j", job.job, "-o", "%V %S").split()
@@ -92,7 +94,8 @@ def job_goes_on(job: SlurmJob, played: Round) -> bool:
         job.sandbox.run("scontrol", "update", f"jobid={job.job}", "starttime=now")
     elif state == "RUNNING" and "pending" in played.moments:
         played.moments["running"] = time.time()
-    return state not in END_STATES
+    played.ended = state if state in END_STATES else ""
+    return not (played.ended and ended_before)  # on its way to a requeue a job may pass through an end state
 
 
 def first_of_next(job: SlurmJob) -> dict | None:
@@ -123,7 +126,9 @@ def column(rounds: list[Round], patience: float) -> list[str]:
     totals = [played.total for played in rounds if played.total is not None]
     cells = [median([part[moment] for part in parts if moment in part]) for moment in list(MOMENTS)[1:]]
     missed = len(rounds) - len(totals)
-    total = median(totals) + (f", {missed} of {len(rounds)} not continued in {patience:.0f} s" if missed else "")
+    states = " ".join(sorted({played.ended for played in rounds if played.ended}))
+    late = f", {missed} of {len(rounds)} not continued in {patience:.0f} s {states}".rstrip()
+    total = median(totals) + (late if missed else "")
     steps = (sum(played.twice for played in rounds), sum(played.lost for played in rounds))
     return [*cells, total, f"{max(totals):.2f}" if totals else "-", *map(str, steps)]
 
@@ -155,7 +160,7 @@ def main(argv: list[str] | None = None) -> None:
             for peer in PEERS:
                 root = folder / f"{peer}-{number}"
                 played = play(peer, sandbox, root, folder / "packed", arguments.patience)
-                print(f"{peer}: round {number + 1}/{arguments.rounds}: {played.total}", file=sys.stderr)
+                print(f"{peer}: round {number + 1}/{arguments.rounds}: {played.total} {played.ended}", file=sys.stderr)
                 if number >= 0:
                     rounds[peer].append(played)
     print(report(rounds, arguments.patience))

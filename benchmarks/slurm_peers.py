@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -29,7 +30,9 @@ SETTINGS = (
     "training.num_train_steps=1000000",
     "training.total_tokens=1000000000000",
     "training.eval_samples=0",
+    "training.early_stopping_enabled=false",
 )
+"""A run that does not end by itself."""
 RANKS = 2
 TIME_LIMIT_MINUTES = 60
 SECONDS_BETWEEN_LOOKS = 0.1
@@ -64,6 +67,7 @@ def new_sandbox(nodes: int) -> Iterator[tuple[Sandbox, Path]]:
     """A cluster and a folder that all its nodes see; both are gone afterwards."""
     folder = Path(tempfile.mkdtemp(prefix="benchmark-", dir="/var/tmp"))  # /tmp is often small, and in memory
     sandbox = Sandbox(folder / "cluster")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that a request to end clears away
     try:
         sandbox.up(Shape(nodes=nodes))
         yield sandbox, folder
