@@ -21,7 +21,7 @@ from benchmarks.checkpointable import Training
 from benchmarks.peers import PATIENCE_SECONDS, REPOSITORY, program_arguments
 from encdec.files import RunPaths
 from encdec.records import read_json_lines
-from launchers.remote import outside_any_job
+from launchers.remote import clean_environment
 from launchers.sandbox.cluster import Sandbox
 from launchers.sandbox.layout import Shape
 
@@ -80,7 +80,7 @@ def new_sandbox(nodes: int) -> Iterator[tuple[Sandbox, Path]]:
 @contextlib.contextmanager
 def login(sandbox: Sandbox) -> Iterator[None]:
     """This process on the login node of the sandbox."""
-    with outside_any_job():
+    with clean_environment():
         # the ranks share this machine's cores: threads that spin while they wait would slow the others down
         os.environ.update(sandbox.environment, OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
         yield
