@@ -86,16 +86,32 @@ def login(sandbox: Sandbox) -> Iterator[None]:
         yield
 
 
-def submit(peer: str, sandbox: Sandbox, root: Path, packed: Path, *settings: str, ranks: int = RANKS) -> SlurmJob:
-    """Submit the micro run on one node under ``peer``: ``ours`` or ``submitit``."""
+def submit(
+    peer: str,
+    sandbox: Sandbox,
+    root: Path,
+    packed: Path,
+    *settings: str,
+    ranks: int = RANKS,
+    flags: tuple[str, ...] = (),
+) -> SlurmJob:
+    """Submit the micro run on one node under ``peer``: ``ours``, with more ``flags``, or ``submitit``."""
     with login(sandbox):
-        job = (ours if peer == "ours" else by_submitit)(root, packed, *settings, ranks=ranks)
+        job = (
+            ours(root, packed, *settings, ranks=ranks, flags=flags)
+            if peer == "ours"
+            else by_submitit(root, packed, *settings, ranks=ranks)
+        )
     return SlurmJob(sandbox, job, RunPaths(root))
 
 
-def ours(root: Path, packed: Path, *settings: str, ranks: int) -> str:
+def ours(root: Path, packed: Path, *settings: str, ranks: int, flags: tuple[str, ...]) -> str:
     done = subprocess.run(
-        command(root, packed, *settings, ranks=ranks), cwd=REPOSITORY, capture_output=True, text=True, check=False
+        [*command(root, packed, *settings, ranks=ranks), *flags],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         raise RuntimeError(done.stdout + done.stderr)

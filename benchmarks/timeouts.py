@@ -63,9 +63,8 @@ def main(argv: list[str] | None = None) -> int:
     moments, done, broken = random.Random(arguments.seed), 0, ""
     began = time.monotonic()
     with new_sandbox(nodes=1) as (sandbox, folder):
-        job = submit(
-            "ours", sandbox, folder / "run", folder / "packed", f"--max-attempts={arguments.continuations + 9}"
-        )
+        enough = ("--max-attempts", str(arguments.continuations + 9))
+        job = submit("ours", sandbox, folder / "run", folder / "packed", flags=enough)
         wait_until(lambda: has_stepped(job, 0), "the first step")
         try:
             for attempt in track(range(arguments.continuations), "continuations", console=Console(stderr=True)):
