@@ -25,7 +25,7 @@ from launchers.rank import run_rank
 FORWARDED = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 DEADLINE = "the time limit"
 """In place of a signal's name."""
-WARNINGS = ("SIGUSR2", DEADLINE)
+WARNINGS = ("SIGUSR2", "SIGTERM", DEADLINE)
 SECONDS_BETWEEN_FORWARDS = 1.0
 SECONDS_BETWEEN_HEARTBEATS = 10.0
 
@@ -46,7 +46,7 @@ class NodeAgent:
         paths: AttemptPaths,
         *,
         deadline: Callable[[], bool] = lambda: False,
-        warned: Callable[[JsonLinesWriter], None] = lambda ledger: None,
+        warned: Callable[[str, JsonLinesWriter], None] = lambda signal_name, ledger: None,
     ) -> None:
         self.job, self.paths = job, paths
         self._deadline, self._warned = deadline, warned
@@ -114,7 +114,7 @@ class NodeAgent:
         if self.stop_signal in WARNINGS and not self._told_of_warning:
             self._told_of_warning = True
             with told_if_refused():
-                self._warned(self._events)
+                self._warned(self.stop_signal, self._events)
 
     def _tell(self, kind: str, **facts: Any) -> None:
         """A line in the ledger."""

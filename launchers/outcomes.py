@@ -53,7 +53,7 @@ def next_move(outcome: Outcome, stop_signal: str | None, ending: Ending) -> Move
     """
     if outcome.cause != "signalled" or ending is Ending.CANCELLED or stop_signal == "SIGINT":
         return Move.STOP
-    if ending is Ending.REQUEUE or (ending is Ending.NONE and stop_signal in ("SIGTERM", "SIGHUP")):
+    if ending is Ending.REQUEUE or (ending is Ending.UNKNOWN and stop_signal in ("SIGTERM", "SIGHUP")):
         return Move.LEAVE
     return Move.AGAIN
 

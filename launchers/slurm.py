@@ -143,7 +143,9 @@ class Ending(StrEnum):
     """Preempted, or requeued by an administrator: Slurm runs the job again by itself."""
     TIME_LIMIT = "time limit"
     NONE = "none"
-    """It does not end the job, or nobody could be asked."""
+    """It runs on: whoever sent SIGTERM meant a warning. A preempted job is told so when its time of grace begins."""
+    UNKNOWN = "unknown"
+    """Nobody could be asked."""
 
 
 def job_facts(job: str) -> dict[str, str]:
@@ -159,7 +161,7 @@ def why_ending(facts: Mapping[str, str], *, restarts: int, now: float) -> Ending
     A job on its way to be requeued already counts one restart more; a cancelled one has been given an end that is past.
     """
     if not facts:
-        return Ending.NONE
+        return Ending.UNKNOWN
     if facts.get("Reason") == "TimeLimit":
         return Ending.TIME_LIMIT
     end = parse_time(facts.get("EndTime", ""))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
 
 import psutil
 import pytest
@@ -99,35 +102,50 @@ def test_successor_goes_on_where_its_predecessor_stopped(submit, twin: RunPaths,
 
 
 def test_save_slower_than_the_warning_leaves_a_continued_run(submit, twin: RunPaths, twin_digest: str):
-    """The ranks are frozen in the middle of their stop; a real time limit ends the job."""
-    run = submit("--time", "1", "--set", "training.save_steps=15")
+    """Storage so slow that the ranks stand still in the middle of their save, until the time limit ends the job."""
+    run = submit("--time", "10")
     wait_for_step(run.paths, 20)
-    frozen = freeze_ranks(run.paths)
-    run.eventually(lambda: run.events("successor_queued"), 120)
-    run.eventually(lambda: run.cluster.history(run.job) == ["TIMEOUT"], 120)
+    with standing_still(run.paths):
+        run.warn()
+        run.eventually(lambda: run.events("successor_queued"), 60)
+        soon = datetime.now() + timedelta(seconds=2)
+        run.slurm("scontrol", "update", f"jobid={run.job}", f"endtime={soon.isoformat(timespec='seconds')}")
+        run.eventually(lambda: run.cluster.history(run.job) == ["TIMEOUT"], 120)  # Slurm looks every 30 s
     assert not run.paths.attempt(0).outcome.exists()
-    for rank in frozen:
-        rank.kill() if rank.is_running() else None
     run.ends_like(twin, twin_digest)
     assert run.steps()[1][0] == 16  # from the newest checkpoint
 
 
-def freeze_ranks(paths: RunPaths) -> list[psutil.Process]:
-    """Stop every rank of the run's newest attempt, on whichever node."""
-    mark = str(paths.root).encode()
-    ranks = []
+@contextlib.contextmanager
+def standing_still(paths: RunPaths) -> Iterator[None]:
+    """Hold every rank of the run where it is. Again and again: Slurm sends SIGCONT along with every signal."""
+    ranks, done = ranks_on_all_nodes(paths), threading.Event()
+
+    def hold() -> None:
+        while not done.wait(0.005):
+            for rank in ranks:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    rank.send_signal(signal.SIGSTOP)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    try:
+        yield
+    finally:
+        done.set()
+        holder.join()
+
+
+def ranks_on_all_nodes(paths: RunPaths) -> list[psutil.Process]:
+    """The ranks of a run: they write its rank logs. The sandbox's nodes are processes of this machine."""
+    mark, ranks = f"{paths.root}/attempts/", []
     for process in psutil.process_iter():
-        try:
-            if b"forkserver" in b" ".join(map(os.fsencode, process.cmdline())):
-                descriptors = os.listdir(f"/proc/{process.pid}/fd")
-                targets = [os.readlink(f"/proc/{process.pid}/fd/{fd}") for fd in descriptors]
-                if any("/logs/node-" in target and os.fsencode(target).startswith(mark) for target in targets):
-                    ranks.append(process)
-        except (psutil.Error, OSError):
-            continue
-    assert ranks
-    for rank in ranks:
-        rank.send_signal(signal.SIGSTOP)
+        with contextlib.suppress(psutil.Error, OSError):
+            descriptors = os.scandir(f"/proc/{process.pid}/fd")
+            targets = [os.readlink(descriptor.path) for descriptor in descriptors]
+            if any(target.startswith(mark) and target.endswith(".err") for target in targets):
+                ranks.append(process)
+    assert len(ranks) >= 2
     return ranks
 
 
