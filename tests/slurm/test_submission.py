@@ -1,0 +1,85 @@
+"""Submissions that go wrong halfway, and places that are awkward."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from encdec.files import RunPaths
+from tests.conftest import losses
+from tests.slurm.test_submit import Cluster, cluster, ledger
+
+__all__ = ["cluster"]  # the fixture
+pytestmark = pytest.mark.slurm
+
+LOST = "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation"
+
+
+def fake_sbatch(folder: Path, ending: str) -> str:
+    """A folder for PATH whose sbatch submits, and then does ``ending`` instead of answering."""
+    folder.mkdir()
+    script = folder / "sbatch"
+    script.write_text(f'#!/bin/sh\n/usr/bin/sbatch "$@" > /dev/null || exit 1\n{ending}\n')
+    script.chmod(0o755)
+    return str(folder)
+
+
+def submit_through(cluster: Cluster, folder: str, paths: RunPaths, *extra: str) -> tuple[int, str]:
+    """Submit with ``folder`` first on PATH."""
+    where = ["--nodes", "2", "--gpus-per-node", "1", "--run-dir", str(paths.root), "--cluster", "slurm"]
+    conf = f"SLURM_CONF={cluster.sandbox.layout.slurm_conf}"
+    with_path = ("env", conf, "OMP_WAIT_POLICY=PASSIVE", f"PATH={folder}:/usr/bin:/bin", sys.executable)
+    return cluster.lab.run(
+        "launchers.submit", "--phase", "sanity_check", *where, *cluster.lab.arguments(*extra), launcher=with_path
+    )
+
+
+def test_job_whose_id_was_lost_is_found_not_submitted_again(cluster: Cluster, twin: RunPaths):
+    paths = RunPaths(cluster.lab.root / "run")
+    deaf = fake_sbatch(cluster.lab.root / "bin", f'echo "{LOST}" >&2; exit 1')
+    code, output = submit_through(cluster, deaf, paths, "--name", "lost")
+    assert code == 0, output
+    queued = cluster.sandbox.run("squeue", "-h", "-t", "all", "-n", "lost", "-o", "%i").split()
+    assert queued == [json.loads(paths.job.read_text())["job"]]
+    code, output = cluster.submit(paths, "--name", "lost", "--wait")
+    assert code == 0, output
+    assert losses(paths) == losses(twin)
+    assert cluster.sandbox.run("squeue", "-h", "-t", "all", "-n", "lost", "-o", "%i").split() == queued
+
+
+def test_launcher_that_dies_while_it_submits_leaves_one_job(cluster: Cluster, twin: RunPaths):
+    paths = RunPaths(cluster.lab.root / "run")
+    deadly = fake_sbatch(cluster.lab.root / "bin", "kill -9 $PPID")
+    code, _ = submit_through(cluster, deadly, paths, "--name", "orphan")
+    assert code == -9
+    assert json.loads(paths.job.read_text())["job"] is None
+    code, output = cluster.submit(paths, "--name", "orphan", "--wait")
+    assert code == 0, output
+    assert "is this run's already" in output
+    assert losses(paths) == losses(twin)
+    assert len(cluster.sandbox.run("squeue", "-h", "-t", "all", "-n", "orphan", "-o", "%i").split()) == 1
+
+
+def test_path_with_blanks_and_quotes(cluster: Cluster, twin: RunPaths, twin_digest: str):
+    paths = RunPaths(cluster.lab.root / 'my run\'s "dir"')
+    code, output = cluster.submit(paths, "--wait")
+    assert code == 0, output
+    assert cluster.lab.digest(paths.checkpoints / "step-60") == twin_digest
+
+
+def test_directory_that_the_nodes_do_not_see(cluster: Cluster, workspace: Path, eventually: Callable[..., None]):
+    for node in ("n1", "n2", "n3", "n4"):
+        hide = cluster.sandbox.inside(node, ["mount", "-t", "tmpfs", "none", str(workspace)])
+        subprocess.run(hide, check=True)
+    paths = RunPaths(workspace / "run")
+    code, output = cluster.submit(paths, "--wait")
+    assert code == 78, output
+    [line] = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert "must be visible on the nodes" in line and "--run-dir" in line
+    [submitted] = ledger(paths.events, "submitted")
+    eventually(lambda: cluster.sandbox.run("squeue", "-h", "-j", submitted["job"], check=False) == "", 20)
