@@ -1,4 +1,4 @@
-"""The command line of ``launchers.submit``."""
+"""The command lines of ``launchers.submit`` and ``launchers.prepare``."""
 
 from __future__ import annotations
 
@@ -76,6 +76,33 @@ def parse_submit(argv: list[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     check(arguments)
     check_flags(arguments)
+    return arguments
+
+
+def parse_prepare(argv: list[str] | None) -> argparse.Namespace:
+    """Parse and check the command line of ``launchers.prepare``; nothing is read or written.
+
+    Raises:
+        ConfigError: an unknown flag, a missing or impossible value.
+    """
+    parser = Parser(
+        prog="python -m launchers.prepare",
+        description="Inside a batch job: make or find the run directory of a phase, and the script that runs it there.",
+        formatter_class=Help,
+        allow_abbrev=False,
+    )
+    add_what(parser)
+    where = parser.add_argument_group("where")
+    where.add_argument(
+        "--cluster",
+        default="slurm",
+        metavar="NAME",
+        help="configs/clusters/NAME.yaml, or the path of such a file, for all but the flags of sbatch",
+    )
+    add_size(where)
+    add_continuation(parser.add_argument_group("Slurm"))
+    arguments = parser.parse_args(argv)
+    check(arguments)
     return arguments
 
 

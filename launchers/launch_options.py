@@ -77,6 +77,8 @@ def measured_stop_seconds(paths: RunPaths) -> float | None:
 
 def limit_seconds(text: str) -> float:
     """sbatch's --time in seconds; the forms of sbatch(1), minutes first where there are no hours or days."""
+    if text == "UNLIMITED":
+        return math.inf
     days, dash, clock = text.rpartition("-")
     parts = [int(part) for part in clock.split(":")]
     if dash:

@@ -28,7 +28,7 @@ from launchers.interrupts import held_back
 from launchers.job import RunPhase
 from launchers.launch_options import launch_options
 from launchers.run_directory import note, require_snapshot
-from launchers.script import UNKNOWN_SUBMISSION, JobRequest, comment_of, submitit_parameters
+from launchers.script import UNKNOWN_SUBMISSION, JobRequest, comment_of, job_text, submitit_parameters
 
 PICKLE = re.compile(r"[0-9a-f]{32}\.pkl")
 SCRIPT = re.compile(r"\.submission_file_[0-9a-f]{32}\.sh")
@@ -42,10 +42,7 @@ def start(paths: RunPaths, run: RunConfig, arguments: Namespace) -> str:
         ConfigError: sbatch refused; nothing is queued.
         RunDirectoryError: the snapshot of the code is gone.
     """
-    require_snapshot(paths)
-    paths.stop_request.unlink(missing_ok=True)  # a request of last time must not stop this attempt
-    paths.continuation.unlink(missing_ok=True)  # its jobs have ended
-    launch_options(paths, arguments).write(paths)
+    make_ready(paths, arguments)
     record = JobRecord(submission=secrets.token_hex(4), job=None, submitted=time.time())
     atomic_write_json(paths.job, record.to_json())
     request = job_request(paths, run, arguments, submission=record.submission)
@@ -71,6 +68,30 @@ def start(paths: RunPaths, run: RunConfig, arguments: Namespace) -> str:
         job = queued
     adopt(paths, replace(record, job=job))
     return job
+
+
+def enter(paths: RunPaths, run: RunConfig, arguments: Namespace, job: str) -> None:
+    """This process is part of ``job``, which was submitted by hand: from now on the run is that job's.
+
+    Raises:
+        RunDirectoryError: the snapshot of the code is gone.
+    """
+    arguments.sbatch = slurm.flags_of(slurm.job_facts(job))
+    make_ready(paths, arguments)
+    record = JobRecord(submission=secrets.token_hex(4), job=job, submitted=time.time())
+    request = job_request(paths, run, arguments, submission=record.submission)
+    atomic_write_text(paths.sbatch, job_text(request, job))
+    atomic_write_json(paths.job, record.to_json())
+    note(paths, "submitted", cluster="slurm", job=job)
+    slurm.describe(job, f"encdec run {paths.root}")  # a later start of the job finds the run by it
+
+
+def make_ready(paths: RunPaths, arguments: Namespace) -> None:
+    """What was asked of the jobs of last time is over."""
+    require_snapshot(paths)
+    paths.stop_request.unlink(missing_ok=True)  # must not stop the next attempt
+    paths.continuation.unlink(missing_ok=True)  # its jobs have ended
+    launch_options(paths, arguments).write(paths)
 
 
 def job_request(

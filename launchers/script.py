@@ -82,6 +82,47 @@ def submitit_parameters(request: JobRequest) -> dict[str, Any]:
     }
 
 
+def job_text(request: JobRequest, job: str) -> str:
+    """The script that a job submitted by hand becomes, and that its successor gets."""
+    paths = request.paths
+    header = {
+        "job-name": request.run.name,
+        "comment": request.comment,
+        "ntasks-per-node": "1",
+        "output": f"{paths.submitit}/%j_0_log.out",
+        "open-mode": "append",
+        "requeue": True,
+        "signal": f"USR2@{request.lead_seconds}",
+        **request.flags,
+    }
+    flags = [f"--{name}" if value is True else f"--{name}={shlex.quote(str(value))}" for name, value in header.items()]
+    output = shlex.quote(f"{paths.submitit}/%j_%t_log.out")
+    srun = f"srun --unbuffered --output {output} {shlex.join(srun_arguments(request))}"
+    lines = [
+        "#!/bin/bash",
+        made_inside(job),
+        *(f"#SBATCH {flag}" for flag in sorted(flags)),
+        "",
+        "# setup",
+        *setup_lines(request),
+        "",
+        "# command",
+        "# The ranks save when they are warned or told to end; this shell must outlive that. A trap waits for the",
+        "# child in the foreground, and ends a wait: so srun runs behind, and is waited for again after a signal.",
+        "trap 'interrupted=yes' USR2 TERM INT HUP",
+        f"{srun} {request.python} -u -m launchers.job {shlex.quote(str(paths.root))} &",
+        "step=$!",
+        'while interrupted=; wait "$step"; code=$?; [ -n "$interrupted" ]; do :; done',
+        'exit "$code"',
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def made_inside(job: str) -> str:
+    """The line by which a later start of ``job`` knows that a script is its own."""
+    return f"# Made inside job {job}, for it and its successors."
+
+
 def gpu_flag(request: JobRequest) -> dict[str, str]:
     """How the cluster wants to be asked for the GPUs of a node; nothing for ranks on CPUs."""
     if request.run.config.infra.device != "cuda" or not request.cluster.gpu_flag:

@@ -16,7 +16,7 @@ from launchers.cluster_file import read_cluster_file
 from launchers.interrupts import INTERRUPTED
 from launchers.plan import make_plan
 from launchers.remote import job_request
-from launchers.run_directory import choose_directory, make_run_directory, usable
+from launchers.run_directory import choose_directory, has_content, make_or_find, usable
 from launchers.script import require_plain_path, sbatch_text
 from launchers.start import run_phase
 
@@ -55,13 +55,14 @@ def submit(arguments: Namespace) -> int:
         require_plain_path(paths)
     plan = make_plan(run, run_dir=str(paths.root), cluster=cluster, why_cluster=why)
     with usable(paths):
-        exists = paths.root.exists() and any(paths.root.iterdir())
-        fresh = not exists and not arguments.dry_run and make_run_directory(paths, run, plan)
-        if exists or not (fresh or arguments.dry_run):
+        if not arguments.dry_run:
+            fresh = make_or_find(paths, run, plan)
+            show.plan(plan, continues=not fresh)
+            return run_phase(paths, run, plan, arguments, fresh=fresh)
+        exists = has_content(paths)
+        if exists:
             require_same_run(paths, run)
         show.plan(plan, continues=exists)
-        if not arguments.dry_run:
-            return run_phase(paths, run, plan, arguments, fresh=fresh)
         if cluster == "slurm":
             show.script(sbatch_text(job_request(paths, run, arguments)))
         return 0

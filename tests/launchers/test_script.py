@@ -6,6 +6,10 @@ After a change that is meant: ``python -m tests.launchers.test_script`` writes t
 from __future__ import annotations
 
 import shlex
+import signal
+import subprocess
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +20,9 @@ from encdec.training.execution import TrainingPhase
 from encdec.training.run_config import resolve_run
 from launchers.arguments import parse_submit
 from launchers.cluster_file import read_cluster_file
-from launchers.script import UNKNOWN_SUBMISSION, JobRequest, require_plain_path, sbatch_text
-from tests.conftest import MICRO, REPOSITORY
+from launchers.script import UNKNOWN_SUBMISSION, JobRequest, job_text, require_plain_path, sbatch_text
+from launchers.slurm import flags_of
+from tests.conftest import MICRO, REPOSITORY, wait_until
 
 GOLDEN = Path(__file__).parent / "golden"
 GPUS = str(REPOSITORY / "configs" / "training_config.yaml")
@@ -64,13 +69,30 @@ def request(run_dir: str, flags: list[str]) -> JobRequest:
     )
 
 
+BY_HAND = "by-hand"
+
+
 def text_of(case: str) -> str:
     """The script, without the digest that changes with every key of the configuration tree."""
-    asked = request(*CASES[case])
-    return sbatch_text(asked).replace(asked.run.identity[:16], "<identity>")
+    asked = by_hand() if case == BY_HAND else request(*CASES[case])
+    text = job_text(asked, "12") if case == BY_HAND else sbatch_text(asked)
+    return text.replace(asked.run.identity[:16], "<identity>")
 
 
-@pytest.mark.parametrize("case", CASES)
+def by_hand() -> JobRequest:
+    """What a job on two nodes that was submitted by hand asks for its successor."""
+    run_dir, flags = CASES["hostile-path"]
+    facts = {
+        "NumNodes": "2",
+        "Partition": "gpu",
+        "TimeLimit": "04:00:00",
+        "CPUs/Task": "24",
+        "TresPerNode": "gres:gpu:8",
+    }
+    return replace(request(run_dir, flags), flags=flags_of(facts))
+
+
+@pytest.mark.parametrize("case", [*CASES, BY_HAND])
 def test_golden(case: str):
     assert text_of(case) == (GOLDEN / f"{case}.sbatch").read_text()
 
@@ -96,6 +118,39 @@ def test_what_slurm_would_replace_in_a_path_is_refused(path: str):
         require_plain_path(RunPaths(Path(path)))
 
 
+def batch(folder: Path, srun: str) -> subprocess.Popen[bytes]:
+    """The script of a job by hand, with ``srun`` in place of Slurm's."""
+    script, fake = folder / "submit.sbatch", folder / "srun"
+    script.write_text(job_text(by_hand(), "12"))
+    fake.write_text(f"#!/bin/bash\n{srun}\n")
+    fake.chmod(0o755)
+    return subprocess.Popen(["bash", str(script)], env={"PATH": f"{folder}:/usr/bin:/bin"}, cwd=folder)
+
+
+def test_batch_shell_ends_as_its_task(tmp_path: Path):
+    assert batch(tmp_path, "exit 78").wait(10) == 78
+
+
+def test_batch_shell_outlives_every_signal_and_waits_for_the_save(tmp_path: Path):
+    shell = batch(tmp_path, "touch began; until [ -e saved ]; do sleep 0.05; done; exit 75")
+    wait_until((tmp_path / "began").exists, "srun runs")
+    for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGTERM):
+        shell.send_signal(number)
+        time.sleep(0.1)
+        assert shell.poll() is None
+    (tmp_path / "saved").touch()
+    assert shell.wait(10) == 75
+
+
+@pytest.mark.parametrize("phase", [str(phase) for phase in TrainingPhase])
+def test_scripts_by_hand_say_where_they_belong(phase: str):
+    done = subprocess.run(
+        ["bash", f"slurm/{phase}.sbatch"], env={"PATH": "/usr/bin:/bin"}, cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (78, "")
+    assert done.stderr.endswith(f"Type: sbatch slurm/{phase}.sbatch.\n")
+
+
 if __name__ == "__main__":
-    for name in CASES:
+    for name in (*CASES, BY_HAND):
         (GOLDEN / f"{name}.sbatch").write_text(text_of(name))
