@@ -68,11 +68,17 @@ def is_rank(process: psutil.Process) -> bool:
     return parent is not None and any("forkserver" in word for word in parent.cmdline())
 
 
+def program_arguments(packed: Path, *settings: str, ranks: int) -> list[str]:
+    """What every launcher passes on: the micro run with ``settings``, its packed text in ``packed``."""
+    arguments = ["--phase", "sanity_check", "--config", str(CONFIG)]
+    for setting in (f"data.packed_dir={packed}", f"infra.num_gpus={ranks}", *settings):
+        arguments += ["--set", setting]
+    return arguments
+
+
 def start(peer: str, root: Path, packed: Path, *settings: str, ranks: int = 2) -> Start:
     """Start the micro run under ``peer``: ``ours`` (python -m launchers.submit) or ``torchrun``."""
-    shared = ["--phase", "sanity_check", "--config", str(CONFIG)]
-    for setting in (f"data.packed_dir={packed}", f"infra.num_gpus={ranks}", *settings):
-        shared += ["--set", setting]
+    shared = program_arguments(packed, *settings, ranks=ranks)
     commands = {
         "ours": [sys.executable, "-m", "launchers.submit", "--cluster", "local", "--run-dir", str(root)],
         "torchrun": [

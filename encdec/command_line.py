@@ -48,7 +48,7 @@ def exit_code_of(command: Callable[[], int]) -> int:
             sys.stdout.flush()  # here, where a broken pipe can still be answered
         return code
     except EncdecError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -76,6 +76,10 @@ class CheckpointError(EncdecError):
     """A checkpoint does not verify or does not fit the model."""
 
 
+class UnreadableCheckpoint(CheckpointError):
+    """Storage does not let a checkpoint be read, so nothing is known about it: it may well be sound."""
+
+
 class FencedError(EncdecError):
     """A newer attempt of the same run exists, so this one may no longer write."""
 

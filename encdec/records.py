@@ -5,6 +5,7 @@ A killed writer leaves at most one torn last line. Readers skip it, and the next
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -32,10 +33,19 @@ class JsonLinesWriter:
         size = os.fstat(self._descriptor).st_size
         if size and os.pread(self._descriptor, 1, size - 1) != b"\n":
             os.write(self._descriptor, b"\n")
+        self._torn = False
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append ``record`` as one line."""
-        os.write(self._descriptor, json.dumps(record).encode() + b"\n")
+        """Append ``record`` as one line.
+
+        Raises:
+            OSError: it could not be written, or only a part of it, after which the next line is a fresh one.
+        """
+        line = b"\n" * self._torn + json.dumps(record).encode() + b"\n"
+        self._torn = True
+        if os.write(self._descriptor, line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._torn = False
 
     def close(self) -> None:
         if self._descriptor >= 0:

@@ -119,7 +119,7 @@ def _read_qwen3_config(directory: Path) -> Qwen3Config:
         raise MissingPrerequisite(
             "a checkpoint must have a config.json", found=f"none in {directory}", remedy="Give a checkpoint's directory"
         )
-    model_type = json.loads(path.read_text()).get("model_type")
+    model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
     if model_type != Qwen3Config.model_type:
         raise ConfigError(
             f"the source's model_type must be {Qwen3Config.model_type}",
@@ -133,7 +133,10 @@ def _read_tensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Names and tensors of a checkpoint, one at a time; an index, where there is one, says which files count."""
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        files = [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        files = [
+            directory / name
+            for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        ]
     else:
         files = sorted(directory.glob("*.safetensors"))
     missing = [file.name for file in files if not file.is_file()]

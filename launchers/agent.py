@@ -17,6 +17,7 @@ from typing import Any
 
 from encdec.files import AttemptPaths
 from encdec.records import JsonLinesWriter, Refusal, event, read_json_lines, read_record
+from launchers.forkserver import early_signals
 from launchers.node import NodeJob, RankGroup
 from launchers.outcomes import AttemptFacts
 from launchers.rank import run_rank
@@ -24,7 +25,7 @@ from launchers.rank import run_rank
 FORWARDED = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 DEADLINE = "the time limit"
 """In place of a signal's name."""
-WARNINGS = ("SIGUSR2", DEADLINE)
+WARNINGS = ("SIGUSR2", "SIGTERM", DEADLINE)
 SECONDS_BETWEEN_FORWARDS = 1.0
 SECONDS_BETWEEN_HEARTBEATS = 10.0
 
@@ -45,7 +46,7 @@ class NodeAgent:
         paths: AttemptPaths,
         *,
         deadline: Callable[[], bool] = lambda: False,
-        warned: Callable[[JsonLinesWriter], None] = lambda ledger: None,
+        warned: Callable[[str, JsonLinesWriter], None] = lambda signal_name, ledger: None,
     ) -> None:
         self.job, self.paths = job, paths
         self._deadline, self._warned = deadline, warned
@@ -61,6 +62,7 @@ class NodeAgent:
         prepare_environment()
         for number in FORWARDED:
             signal.signal(number, self._on_signal)
+        self.stop_signal = early_signals[-1] if early_signals else None
         signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
         from launchers.elastic import supervise  # imports torch while the forkserver imports the rest
 
@@ -112,7 +114,7 @@ class NodeAgent:
         if self.stop_signal in WARNINGS and not self._told_of_warning:
             self._told_of_warning = True
             with told_if_refused():
-                self._warned(self._events)
+                self._warned(self.stop_signal, self._events)
 
     def _tell(self, kind: str, **facts: Any) -> None:
         """A line in the ledger."""

@@ -71,19 +71,19 @@ class Continuation:
 
     # ---- when it is warned
 
-    def warned(self, ledger: JsonLinesWriter) -> None:
+    def warned(self, signal_name: str, ledger: JsonLinesWriter) -> None:
         """Time is running out: spread the net before the save, which may take longer than there is time."""
-        if self._successor is None and not self._given_up():
+        if self._successor is not None or self._given_up():
+            return
+        if signal_name != "SIGTERM" or self._ending() is slurm.Ending.NONE:
             self._queue_successor(ledger)
 
     # ---- after its outcome
 
     def end(self, outcome: Outcome, stop_signal: str | None, ledger: JsonLinesWriter) -> None:
         """Do what is to follow, and write down what it was."""
-        ending = slurm.Ending.NONE
-        if stop_signal == "SIGTERM":
-            facts = slurm.job_facts(self.allocation.job)
-            ending = slurm.why_ending(facts, restarts=self.allocation.restarts, now=time.time())
+        # whatever the signal was: a scancel may have followed it, or have reached another node
+        ending = self._ending() if outcome.cause == "signalled" else slurm.Ending.NONE
         move = next_move(outcome, stop_signal, ending)
         reason = self._given_up() if move is Move.AGAIN else None
         ledger.write(event("next", move="stop" if reason else move, ending=ending, given_up=reason))
@@ -97,6 +97,10 @@ class Continuation:
             self._queue_successor(ledger)
 
     # ---- parts
+
+    def _ending(self) -> slurm.Ending:
+        facts = slurm.job_facts(self.allocation.job)
+        return slurm.why_ending(facts, restarts=self.allocation.restarts, now=time.time())
 
     def _given_up(self) -> str | None:
         return why_given_up(self.options, past_attempts(self.paths))

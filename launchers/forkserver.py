@@ -6,13 +6,22 @@ import multiprocessing
 import multiprocessing.forkserver
 import signal
 
+early_signals: list[str] = []
+"""Names of the signals that came before the agent could listen."""
+
+
+def listen_early() -> None:
+    """Note the signals that ask to save until the agent listens; nothing else has come into being that could save.
+
+    A cluster's warning may also reach all processes of a job, and would kill those without a handler. So it is blocked
+    from here on: the helpers stay so, the agent unblocks it when it listens, ranks when they ignore it.
+    """
+    for number in (signal.SIGUSR2, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: early_signals.append(signal.Signals(number).name))
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+
 
 def start_forkserver() -> None:
-    """Start it, and multiprocessing's resource tracker with it.
-
-    A cluster's warning signal may reach all processes of a job, and would kill those without a handler. So it is
-    blocked from here on: the helpers stay so, the agent unblocks it when it listens, ranks when they ignore it.
-    """
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+    """Start it, and multiprocessing's resource tracker with it."""
     multiprocessing.set_forkserver_preload(["launchers.preload"])
     multiprocessing.forkserver.ensure_running()

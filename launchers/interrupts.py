@@ -7,9 +7,6 @@ import signal
 from collections.abc import Iterator
 from types import FrameType, TracebackType
 
-INTERRUPTED = 130
-"""Exit code of a command that Ctrl-C ended, by the shells' custom (128 + SIGINT)."""
-
 
 class Interrupts:
     """Counts SIGINT instead of raising KeyboardInterrupt (main thread only)."""

@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from launchers.forkserver import start_forkserver
+from launchers.forkserver import listen_early, start_forkserver
 
 
 class RunPhase:
@@ -29,6 +29,7 @@ class RunPhase:
 
 def run(run_dir: Path) -> int:
     """This node's part of an attempt; returns its exit code."""
+    listen_early()
     start_forkserver()  # before all else: it loads torch while this process is still loading its own modules
     from encdec.errors import EncdecError
     from encdec.files import RunPaths

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import time
+
 from encdec.errors import RunDirectoryError
 from encdec.files import RunPaths
 from encdec.records import ContinuationRecord, JobRecord, read_record
 from launchers import slurm
 from launchers.run_status import read_status
+
+LOOKS_TO_BELIEVE_AN_END = 2
+SECONDS_BETWEEN_LOOKS = 3.0
+"""A job that Slurm is about to requeue after a lost node passes through an end state."""
 
 
 def jobs_of(paths: RunPaths) -> list[str]:
@@ -29,7 +35,14 @@ def live_job(paths: RunPaths) -> str | None:
 
     Slurm is asked only if the run was ever submitted to it.
     """
-    return next((job for job in jobs_of(paths) if slurm.job_state(job) not in slurm.END_STATES), None)
+    jobs = jobs_of(paths)
+    for look in range(LOOKS_TO_BELIEVE_AN_END if jobs else 0):
+        if look:
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+        for job in jobs:
+            if slurm.job_state(job) not in slurm.END_STATES:
+                return job
+    return None
 
 
 def require_no_other_job(paths: RunPaths, job: str) -> None:

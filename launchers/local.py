@@ -12,12 +12,13 @@ from pathlib import Path
 
 import submitit
 
+from encdec.command_line import INTERRUPTED
 from encdec.errors import EncdecError
 from encdec.files import RunPaths
 from encdec.records import ProcessRecord, read_record
 from encdec.training.run_config import RunConfig
 from launchers import show
-from launchers.interrupts import INTERRUPTED, Interrupts, held_back
+from launchers.interrupts import Interrupts, held_back
 from launchers.job import RunPhase
 from launchers.progress import Progress
 from launchers.run_directory import code_environment, note, require_snapshot, why_full

@@ -48,14 +48,12 @@ def next_move(outcome: Outcome, stop_signal: str | None, ending: Ending) -> Move
     """Pure: how the attempt ended and why Slurm ends the job, if it does, -> what follows.
 
     Args:
-        stop_signal: the last signal that this node's agent got; None also where only another node was signalled.
-        ending: what Slurm says after SIGTERM, which it sends for a scancel, a preemption and a requeue alike.
+        stop_signal: the last signal that this node's agent got; None where only another node was signalled.
+        ending: what Slurm says after the save; SIGTERM alone means a scancel, a preemption and a requeue alike.
     """
-    if outcome.cause != "signalled" or ending is Ending.CANCELLED:
+    if outcome.cause != "signalled" or ending is Ending.CANCELLED or stop_signal == "SIGINT":
         return Move.STOP
-    if stop_signal == "SIGINT":
-        return Move.STOP
-    if stop_signal in ("SIGTERM", "SIGHUP") and ending is not Ending.TIME_LIMIT:
+    if ending is Ending.REQUEUE or (ending is Ending.UNKNOWN and stop_signal in ("SIGTERM", "SIGHUP")):
         return Move.LEAVE
     return Move.AGAIN
 

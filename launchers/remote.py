@@ -46,7 +46,7 @@ def start(paths: RunPaths, run: RunConfig, arguments: Namespace) -> str:
     record = JobRecord(submission=secrets.token_hex(4), job=None, submitted=time.time())
     atomic_write_json(paths.job, record.to_json())
     request = job_request(paths, run, arguments, submission=record.submission)
-    executor = submitit.SlurmExecutor(folder=paths.submitit, python=request.python)
+    executor = submitit.SlurmExecutor(folder=paths.submitit, python=request.starter)
     executor.update_parameters(**submitit_parameters(request))
     before = set(paths.submitit.iterdir())
     try:

@@ -66,7 +66,7 @@ def make_run_directory(paths: RunPaths, run: RunConfig, plan: Plan) -> bool:
     except OSError as error:
         raise RunDirectoryError(
             "The run directory must be writable",
-            found=f"{paths.root} ({error.strerror})",
+            found=f"{paths.root} ({reason_of(error)})",
             remedy="Choose another with --run-dir, or free or open the folder above it",
         ) from None
     note(paths, "created", name=run.name)
@@ -88,6 +88,11 @@ def make_or_find(paths: RunPaths, run: RunConfig, plan: Plan) -> bool:
         return True
     require_same_run(paths, run)
     return False
+
+
+def reason_of(error: OSError) -> str:
+    """The system's words for it; shutil collects those of several files as (source, target, words)."""
+    return str(error.args[0][0][2]) if isinstance(error, shutil.Error) else str(error.strerror)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,8 @@ from launchers.cluster_file import ClusterFile
 
 UNKNOWN_SUBMISSION = "<submission>"
 """In place of the random part of a job's comment, where nothing is submitted."""
+DEAF = """sh -c 'trap "" USR2; exec "$@"' sh"""
+"""Starts Python deaf to a warning that comes before it can have a handler; the job's end time is looked at later."""
 SLURMS_OWN = ("%", "\\")
 """What Slurm replaces in the paths of a job's output, and what turns that off."""
 
@@ -43,6 +45,11 @@ class JobRequest:
         return comment_of(self.run, self.submission)
 
     @property
+    def starter(self) -> str:
+        """Shell words that start Python, and let it live until it can listen."""
+        return f"{DEAF} {self.python}"
+
+    @property
     def cpus(self) -> int:
         """CPUs of each node's one task: unless asked for otherwise one a rank and one a data worker."""
         workers = self.run.config.data.dataloader_num_workers
@@ -56,7 +63,7 @@ def comment_of(run: RunConfig, submission: str) -> str:
 
 def sbatch_text(request: JobRequest) -> str:
     """The script as submitit hands it to sbatch."""
-    command = f"{request.python} -u -m submitit.core._submit {shlex.quote(str(request.paths.submitit))}"
+    command = f"{request.starter} -u -m submitit.core._submit {shlex.quote(str(request.paths.submitit))}"
     return _make_sbatch_string(command=command, folder=request.paths.submitit, **submitit_parameters(request))
 
 
@@ -110,7 +117,7 @@ def job_text(request: JobRequest, job: str) -> str:
         "# The ranks save when they are warned or told to end; this shell must outlive that. A trap waits for the",
         "# child in the foreground, and ends a wait: so srun runs behind, and is waited for again after a signal.",
         "trap 'interrupted=yes' USR2 TERM INT HUP",
-        f"{srun} {request.python} -u -m launchers.job {shlex.quote(str(paths.root))} &",
+        f"{srun} {request.starter} -u -m launchers.job {shlex.quote(str(paths.root))} &",
         "step=$!",
         'while interrupted=; wait "$step"; code=$?; [ -n "$interrupted" ]; do :; done',
         'exit "$code"',

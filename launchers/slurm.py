@@ -20,9 +20,11 @@ from encdec.errors import EncdecError, MissingPrerequisite
 
 COMMAND_TIMEOUT_SECONDS = 20
 """Commands answer in milliseconds; a dead controller takes 4-14 s to be given up."""
-REQUEUE_TRIES = 3
+REQUEUE_TRIES = 60
 SECONDS_BETWEEN_REQUEUE_TRIES = 5.0
-"""A controller that is down for a moment refuses a requeue with a misleading text."""
+"""A controller that is away refuses a requeue with a misleading text. There is nothing better to do than to ask again
+until it is back or the job's time is up.
+"""
 
 KEPT = frozenset({"SLURM_CONF", "SLURM_JWT", "SLURM_CLUSTERS"})
 """Which cluster, and as whom: not facts of the job that this shell may be part of."""
@@ -150,7 +152,9 @@ class Ending(StrEnum):
     """Preempted, or requeued by an administrator: Slurm runs the job again by itself."""
     TIME_LIMIT = "time limit"
     NONE = "none"
-    """It does not end the job, or nobody could be asked."""
+    """It runs on: whoever sent SIGTERM meant a warning. A preempted job is told so when its time of grace begins."""
+    UNKNOWN = "unknown"
+    """Nobody could be asked."""
 
 
 def job_facts(job: str) -> dict[str, str]:
@@ -181,7 +185,7 @@ def why_ending(facts: Mapping[str, str], *, restarts: int, now: float) -> Ending
     A job on its way to be requeued already counts one restart more; a cancelled one has been given an end that is past.
     """
     if not facts:
-        return Ending.NONE
+        return Ending.UNKNOWN
     if facts.get("Reason") == "TimeLimit":
         return Ending.TIME_LIMIT
     end = parse_time(facts.get("EndTime", ""))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 
-from encdec.errors import EncdecError
+from encdec.command_line import exit_code_of
 from encdec.files import RunPaths
 from encdec.training.execution import TrainingPhase
 from encdec.training.run_config import require_same_run, resolve_run
@@ -13,7 +13,6 @@ from launchers import show
 from launchers.arguments import parse_submit
 from launchers.cluster import choose_cluster, require_devices, require_text
 from launchers.cluster_file import read_cluster_file
-from launchers.interrupts import INTERRUPTED
 from launchers.plan import make_plan
 from launchers.remote import job_request
 from launchers.run_directory import choose_directory, has_content, make_or_find, usable
@@ -24,14 +23,7 @@ from launchers.start import run_phase
 def main(argv: list[str] | None = None) -> int:
     """Returns an exit code of encdec.errors.ExitCode, or 130 after Ctrl-C."""
     show.make_printable()
-    try:
-        return submit(parse_submit(argv))
-    except EncdecError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; nothing has been started", file=sys.stderr)
-        return INTERRUPTED
+    return exit_code_of(lambda: submit(parse_submit(argv)))
 
 
 def submit(arguments: Namespace) -> int:

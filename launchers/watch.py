@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import time
 
+from encdec.command_line import INTERRUPTED
 from encdec.errors import EncdecError, ExitCode
 from encdec.files import RunPaths
 from encdec.records import Outcome, ProcessRecord, read_record
 from launchers import show, slurm
-from launchers.interrupts import INTERRUPTED
-from launchers.jobs import jobs_of
+from launchers.jobs import LOOKS_TO_BELIEVE_AN_END, jobs_of
 from launchers.progress import Progress, make_console
 
 SECONDS_BETWEEN_LOOKS = 0.5
-SECONDS_BETWEEN_SQUEUES = 10.0
-LOOKS_TO_BELIEVE_AN_END = 2
-"""A job that Slurm is about to requeue after a lost node passes through an end state."""
+SECONDS_BETWEEN_SQUEUES = 30.0
+SECONDS_TO_LOOK_AGAIN = 5.0
+"""After an end was seen for the first time."""
 
 
 def follow(paths: RunPaths, *, total_steps: int) -> int:
@@ -104,7 +104,6 @@ class Watch:
         return read_record(self._paths.attempt(self.number).outcome, Outcome).exit_code
 
     def _look_at_slurm(self) -> None:
-        self._next_squeue = time.monotonic() + SECONDS_BETWEEN_SQUEUES
         states = {}
         for job in jobs_of(self._paths):  # the next one is asked for only if this one has ended
             states[job] = slurm.job_state(job)
@@ -113,7 +112,9 @@ class Watch:
         else:
             job = next(iter(states))
         state = states[job]
-        self._ends_seen = self._ends_seen + 1 if state in slurm.END_STATES else 0
+        ended = state in slurm.END_STATES
+        self._ends_seen = self._ends_seen + 1 if ended else 0
+        self._next_squeue = time.monotonic() + (SECONDS_TO_LOOK_AGAIN if ended else SECONDS_BETWEEN_SQUEUES)
         if (job, state) != (self.job, self.state) and (self._view is None or state != "RUNNING"):
             make_console().print(f"job {job} is {state}")
         self.job, self.state = job, state

@@ -26,7 +26,6 @@ from encdec.checkpoints import folders, fsdp2
 from encdec.checkpoints.manifest import (
     FileRecord,
     Manifest,
-    UnreadableCheckpoint,
     hash_file,
     read_manifest,
     reading,
@@ -35,7 +34,7 @@ from encdec.checkpoints.manifest import (
     verify_names,
     write_manifest,
 )
-from encdec.errors import CheckpointError
+from encdec.errors import CheckpointError, UnreadableCheckpoint
 
 TRAINER_STATE = "trainer_state.json"
 PAYLOAD = "fsdp2"
@@ -301,7 +300,7 @@ def read_trainer_state(folder: Path) -> dict[str, Any]:
         CheckpointError: not JSON, or without a step and a scheduler.
     """
     with reading(folder / TRAINER_STATE, "step and scheduler"):
-        state = json.loads((folder / TRAINER_STATE).read_text())
+        state = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
         return {**state, "step": int(state["step"]), "scheduler": dict(state["scheduler"])}
 
 

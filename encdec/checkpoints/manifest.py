@@ -21,17 +21,13 @@ from typing import Any
 
 from blake3 import blake3
 
-from encdec.errors import CheckpointError
+from encdec.errors import CheckpointError, UnreadableCheckpoint
 from encdec.files import atomic_write_text
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 STEP_FOLDER = re.compile(r"step-(\d+)")
 HASH_BUFFER_BYTES = 8 * 2**20
-
-
-class UnreadableCheckpoint(CheckpointError):
-    """Storage does not let a checkpoint be read, so nothing is known about it: it may well be sound."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +94,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     with reading(path, "a readable manifest"):
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
         digest = values.pop("digest")
         if values["format_version"] != FORMAT_VERSION:
             raise _broken(path, f"a manifest of format {FORMAT_VERSION}", values["format_version"])

@@ -44,6 +44,7 @@ def prepare_text(run: RunConfig) -> tuple[Qwen3EncoderDecoderTokenizer, Path]:
     before there is a process group, whose collectives would time out.
     """
     config, data = run.config, run.config.data
+    os.environ["RAYON_NUM_THREADS"] = str(data.preprocessing_num_workers)  # read when the first batch is tokenized
     corpus = open_corpus(
         data.dataset_name,
         text_column=data.text_column,

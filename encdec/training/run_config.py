@@ -25,6 +25,7 @@ from encdec.training.yaml_values import apply_settings, dump_yaml, read_yaml
 
 PLACE_KEYS = (
     "name", "nodes", "ranks_per_node", "config.infra.num_gpus", "config.infra.output_dir", "config.infra.logging_dir",
+    "config.data.packed_dir", "config.data.preprocessing_num_workers",
 )  # fmt: skip
 """Dotted paths that say where a run runs and what it is called, not what it computes."""
 

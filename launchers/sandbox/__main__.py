@@ -6,10 +6,9 @@ import argparse
 import functools
 import os
 import shlex
-import signal
 import sys
 
-from encdec.errors import EncdecError
+from encdec.command_line import Parser, exit_code_of
 from launchers.sandbox import __doc__ as about
 from launchers.sandbox.cluster import Sandbox
 from launchers.sandbox.layout import Shape
@@ -19,9 +18,9 @@ say = functools.partial(print, flush=True)
 
 
 def parser() -> argparse.ArgumentParser:
-    shared = argparse.ArgumentParser(add_help=False)
+    shared = Parser(add_help=False)
     shared.add_argument("--dir", default="build/sandbox", help="holds all of its state (default: %(default)s)")
-    top = argparse.ArgumentParser(prog="python -m launchers.sandbox", description=about.splitlines()[0])
+    top = Parser(prog="python -m launchers.sandbox", description=about.splitlines()[0])
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, text: str) -> argparse.ArgumentParser:
@@ -44,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def run(arguments: argparse.Namespace) -> None:
+def run(arguments: argparse.Namespace) -> int:
     sandbox = Sandbox(arguments.dir)
     match arguments.command:
         case "up":
@@ -63,17 +62,11 @@ def run(arguments: argparse.Namespace) -> None:
             argv = arguments.argv[1:] if arguments.argv[:1] == ["--"] else arguments.argv
             command = sandbox.inside(arguments.machine, argv or [os.environ.get("SHELL", "/bin/sh")])
             os.execvp(command[0], command)
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        run(parser().parse_args(argv))
-    except EncdecError as error:
-        print(error, *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:  # `up` has cleared away what it had started
-        return 128 + signal.SIGINT
-    return 0
+    return exit_code_of(lambda: run(parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,11 @@ STOPPED, FAILED = True, False
         ("signalled", "SIGTERM", Ending.TIME_LIMIT, Move.AGAIN),
         ("signalled", "SIGTERM", Ending.CANCELLED, Move.STOP),
         ("signalled", "SIGTERM", Ending.REQUEUE, Move.LEAVE),
-        ("signalled", "SIGTERM", Ending.NONE, Move.LEAVE),  # nobody says why: it may be a scancel
+        ("signalled", "SIGTERM", Ending.NONE, Move.AGAIN),  # preempted, in its time of grace
+        ("signalled", "SIGTERM", Ending.UNKNOWN, Move.LEAVE),  # nobody says why: it may be a scancel
+        ("signalled", "SIGUSR2", Ending.UNKNOWN, Move.AGAIN),
+        ("signalled", "SIGUSR2", Ending.CANCELLED, Move.STOP),  # a scancel after the warning
+        ("signalled", "SIGUSR2", Ending.REQUEUE, Move.LEAVE),
         ("signalled", "SIGINT", Ending.NONE, Move.STOP),
         ("stop_requested", None, Ending.NONE, Move.STOP),
         ("complete", "SIGUSR2", Ending.NONE, Move.STOP),
@@ -86,6 +90,29 @@ def start(tmp_path) -> Continuation:
         RunPaths(tmp_path / "run"),
         Allocation(job="12", restarts=0, start="12.0.0", nodes=1, node_rank=0, nodelist="n1"),
     )
+
+
+SHOWN = "JobId=12 JobName=run JobState={} Reason={} Dependency=(null) Requeue=1 Restarts={} EndTime={} Deadline=N/A"
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "restarts", "end", "ending"),
+    [  # as scontrol showed it to a task that had just got SIGTERM, at 09:30:08
+        ("COMPLETING", "None", 0, "2026-11-21T09:30:08", Ending.CANCELLED),  # scancel
+        ("COMPLETING", "None", 1, "2026-11-21T09:35:08", Ending.REQUEUE),  # scontrol requeue
+        ("COMPLETING", "TimeLimit", 0, "2026-11-21T09:30:08", Ending.TIME_LIMIT),
+        ("RUNNING", "None", 0, "2026-11-21T09:30:18", Ending.NONE),  # preempted, with 10 s of grace
+        ("PENDING", "None", 0, "Unknown", Ending.REQUEUE),
+    ],
+)
+def test_why_slurm_ends_a_job(play: Play, state: str, reason: str, restarts: int, end: str, ending: Ending):
+    play("scontrol", SHOWN.format(state, reason, restarts, end) + "\n")
+    now = datetime.fromisoformat("2026-11-21T09:30:08").timestamp()
+    assert slurm.why_ending(slurm.job_facts("12"), restarts=0, now=now) is ending
+
+
+def test_nobody_says_why(play: Play):
+    assert slurm.why_ending(slurm.job_facts("12"), restarts=0, now=0.0) is Ending.UNKNOWN
 
 
 def record(paths: RunPaths, job: str, successor: str | None = None) -> None:

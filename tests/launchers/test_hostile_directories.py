@@ -136,6 +136,16 @@ def test_full_disk_is_named_and_the_run_goes_on_once_there_is_space(
     assert lab.digest(paths.checkpoints / "step-60") == twin_digest
 
 
+def test_new_run_on_a_disk_without_room_leaves_nothing(lab: Lab, mounts: Callable[..., None]):
+    place = lab.root / "small"
+    place.mkdir()
+    mounts("-t", "tmpfs", "-o", "size=100k", "tmpfs", str(place))
+    code, output = lab.submit(place / "run")
+    assert code == 78
+    assert "must be writable" in complaint(output) and "No space left on device" in complaint(output)
+    assert not any(place.iterdir())
+
+
 def test_directory_whose_path_no_job_can_carry_is_refused(lab: Lab):
     code, output = lab.submit(lab.root / "a:b")
     assert code == 78

@@ -19,7 +19,8 @@ from tests.conftest import REPOSITORY, Lab, losses
 
 RULE = "The run directory must take checkpoints and records"
 FULL = os.strerror(errno.ENOSPC)
-ROOM_FOR_NO_CHECKPOINT = 1_200_000
+ROOM_BESIDE_THE_CODE = 500_000
+"""Bytes that hold a run directory's small files, but not a checkpoint of the micro model."""
 ROOM_FOR_SMALL_FILES = 100_000
 
 
@@ -41,7 +42,8 @@ def test_error_of_another_kind_stays_what_it_is(tmp_path: Path):
 def test_run_on_a_full_disk_says_so_and_continues_when_there_is_room(lab: Lab, twin: RunPaths, tmp_path: Path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    grow = mount_small_disk(disk)
+    code = sum(512 * path.stat().st_blocks for path in twin.code.rglob("*"))
+    grow = mount_small_disk(disk, code + ROOM_BESIDE_THE_CODE)
     paths = RunPaths(disk / "run")
     try:
         require_told(paths, FULL, *lab.submit(paths.root))
@@ -75,7 +77,7 @@ def require_continued(paths: RunPaths, twin: RunPaths, code: int, output: str) -
     assert losses(paths) == losses(twin)
 
 
-def mount_small_disk(folder: Path):
+def mount_small_disk(folder: Path, size: int):
     """A tmpfs that holds a run directory but not its first checkpoint; the result makes it large."""
     libc = ctypes.CDLL(None, use_errno=True)
     remount = 32  # MS_REMOUNT
@@ -84,8 +86,8 @@ def mount_small_disk(folder: Path):
         if libc.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", flags, f"size={size}".encode()):
             pytest.skip(f"mounting a small disk needs root ({os.strerror(ctypes.get_errno())})")
 
-    mount(0, ROOM_FOR_NO_CHECKPOINT)
-    return lambda: mount(remount, 100 * ROOM_FOR_NO_CHECKPOINT)
+    mount(0, size)
+    return lambda: mount(remount, 100 * size)
 
 
 def unmount(folder: Path) -> None:
