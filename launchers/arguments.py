@@ -1,4 +1,4 @@
-"""The command line of ``launchers.submit``."""
+"""The command lines of ``launchers.submit`` and ``launchers.prepare``."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ SBATCH_FLAGS = {
     "cpus-per-task": ("N", "CPUs of each node's one task (default: one a rank and one a data worker)"),
 }
 """Passed to sbatch as they are, if given."""
+BUILT_IN_CLUSTERS = ("auto", "slurm", "local")
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -42,6 +43,71 @@ def parse_submit(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=Help,
         allow_abbrev=False,
     )
+    what = add_what(parser)
+    what.add_argument(
+        "--resume",
+        choices=["auto", "never"],
+        default="auto",
+        help="auto: continue the run of the same configuration; never: make a new one",
+    )
+    where = parser.add_argument_group("where")
+    where.add_argument(
+        "--cluster",
+        default="auto",
+        metavar="NAME",
+        help="auto: Slurm if a controller answers, else this machine; slurm; local; NAME: configs/clusters/NAME.yaml; "
+        "or the path of such a file",
+    )
+    add_size(where)
+    slurm = parser.add_argument_group("Slurm")
+    for flag, (metavar, text) in SBATCH_FLAGS.items():
+        slurm.add_argument(f"--{flag}", metavar=metavar, help=text)
+    add_continuation(slurm)
+    how = parser.add_argument_group("how")
+    how.add_argument(
+        "--dry-run", action="store_true", help="print the plan, and for Slurm the batch script; write nothing"
+    )
+    how.add_argument(
+        "--wait",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="follow the run to its end and exit with its code (default: here yes, on Slurm no)",
+    )
+    arguments = parser.parse_args(argv)
+    check(arguments)
+    check_flags(arguments)
+    return arguments
+
+
+def parse_prepare(argv: list[str] | None) -> argparse.Namespace:
+    """Parse and check the command line of ``launchers.prepare``; nothing is read or written.
+
+    Raises:
+        ConfigError: an unknown flag, a missing or impossible value.
+    """
+    parser = Parser(
+        prog="python -m launchers.prepare",
+        description="Inside a batch job: make or find the run directory of a phase, and the script that runs it there.",
+        formatter_class=Help,
+        allow_abbrev=False,
+    )
+    add_what(parser)
+    where = parser.add_argument_group("where")
+    where.add_argument(
+        "--cluster",
+        default="slurm",
+        metavar="NAME",
+        help="configs/clusters/NAME.yaml, or the path of such a file, for all but the flags of sbatch",
+    )
+    add_size(where)
+    add_continuation(parser.add_argument_group("Slurm"))
+    arguments = parser.parse_args(argv)
+    check(arguments)
+    return arguments
+
+
+def add_what(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Flags that say which run."""
     what = parser.add_argument_group("what")
     what.add_argument("--phase", required=True, choices=[str(phase) for phase in TrainingPhase], help="phase to run")
     what.add_argument("--config", type=Path, default=Path("configs/training_config.yaml"), help="YAML file")
@@ -56,24 +122,17 @@ def parse_submit(argv: list[str] | None) -> argparse.Namespace:
     what.add_argument(
         "--run-dir", type=Path, help="run directory, on storage that all nodes share (default: runs/NAME)"
     )
-    what.add_argument(
-        "--resume",
-        choices=["auto", "never"],
-        default="auto",
-        help="auto: continue the run of the same configuration; never: make a new one",
-    )
-    where = parser.add_argument_group("where")
-    where.add_argument(
-        "--cluster",
-        choices=["auto", "slurm", "local"],
-        default="auto",
-        help="auto: Slurm if a controller answers, else this machine",
-    )
+    return what
+
+
+def add_size(where: argparse._ArgumentGroup) -> None:
+    """Flags that say on how many ranks."""
     where.add_argument("--nodes", type=int, default=1, help="nodes")
     where.add_argument("--gpus-per-node", type=int, help="ranks per node, one a GPU (default: infra.num_gpus)")
-    slurm = parser.add_argument_group("Slurm")
-    for flag, (metavar, text) in SBATCH_FLAGS.items():
-        slurm.add_argument(f"--{flag}", metavar=metavar, help=text)
+
+
+def add_continuation(slurm: argparse._ArgumentGroup) -> None:
+    """Flags that say what follows a job."""
     slurm.add_argument(
         "--continue-by",
         choices=CONTINUE_BY,
@@ -86,30 +145,10 @@ def parse_submit(argv: list[str] | None) -> argparse.Namespace:
         default=DEFAULT_MAX_ATTEMPTS,
         help="attempts of the run after which nothing continues it by itself",
     )
-    how = parser.add_argument_group("how")
-    how.add_argument("--dry-run", action="store_true", help="print the plan, write nothing")
-    how.add_argument(
-        "--wait",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="follow the run to its end and exit with its code (default: here yes, on Slurm no)",
-    )
-    arguments = parser.parse_args(argv)
-    check(arguments)
-    values = {flag: getattr(arguments, flag.replace("-", "_")) for flag in SBATCH_FLAGS}
-    arguments.sbatch = {flag: value for flag, value in values.items() if value is not None}
-    if arguments.sbatch and arguments.cluster == "local":
-        raise ConfigError(
-            "Slurm's flags are for Slurm",
-            found=f"--{next(iter(arguments.sbatch))} with --cluster local",
-            remedy="Leave one of the two out",
-        )
-    if arguments.sbatch:
-        arguments.cluster = "slurm"
-    return arguments
 
 
 def check(arguments: argparse.Namespace) -> None:
+    """What both commands have in common."""
     for flag in ("--nodes", "--gpus-per-node", "--max-attempts"):
         value = getattr(arguments, flag.removeprefix("--").replace("-", "_"))
         if value is not None and value < 1:
@@ -120,6 +159,17 @@ def check(arguments: argparse.Namespace) -> None:
             found=repr(arguments.name),
             remedy="Use --run-dir for a directory with other characters",
         )
+
+
+def check_flags(arguments: argparse.Namespace) -> None:
+    """Gather Slurm's flags as ``arguments.sbatch``, by long name. They ask for Slurm."""
+    values = {flag: getattr(arguments, flag.replace("-", "_")) for flag in SBATCH_FLAGS}
+    arguments.sbatch = {flag: value for flag, value in values.items() if value is not None}
+    for flag, value in arguments.sbatch.items():
+        if not (value and value.isprintable()):
+            raise ConfigError(
+                f"--{flag} must be one printable line", found=repr(value), remedy="Fill it or leave it out"
+            )
     if arguments.cpus_per_task is not None and not re.fullmatch(r"[1-9]\d*", arguments.cpus_per_task):
         raise ConfigError(
             "--cpus-per-task must be at least 1",
@@ -132,3 +182,11 @@ def check(arguments: argparse.Namespace) -> None:
             found=repr(arguments.time),
             remedy="Write 90 for an hour and a half, 2-00 for two days",
         )
+    if arguments.sbatch and arguments.cluster == "local":
+        raise ConfigError(
+            "Slurm's flags are for Slurm",
+            found=f"--{next(iter(arguments.sbatch))} with --cluster local",
+            remedy="Leave one of the two out",
+        )
+    if arguments.sbatch and arguments.cluster == "auto":
+        arguments.cluster = "slurm"

@@ -17,7 +17,7 @@ def choose_cluster(asked: str, run: RunConfig) -> tuple[str, str]:
     """("local" or "slurm", why).
 
     Raises:
-        MissingPrerequisite: several nodes or --cluster slurm, and no Slurm controller answers.
+        MissingPrerequisite: several nodes, --cluster slurm or a cluster's file, and no Slurm controller answers.
         ConfigError: several nodes on --cluster local.
     """
     if asked == "local":
@@ -30,8 +30,8 @@ def choose_cluster(asked: str, run: RunConfig) -> tuple[str, str]:
         return "local", "asked for with --cluster local"
     reason = why_no_controller()
     if reason is None:
-        return "slurm", "a Slurm controller answers"
-    if asked == "slurm" or run.nodes > 1:
+        return "slurm", f"asked for with --cluster {asked}" if asked != "auto" else "a Slurm controller answers"
+    if asked != "auto" or run.nodes > 1:
         wanted = f"{run.nodes} nodes of {run.ranks_per_node} {run.config.infra.device} ranks"
         raise MissingPrerequisite(
             f"{wanted} need a Slurm controller that answers from here",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 
+from encdec.errors import RunDirectoryError
 from encdec.files import RunPaths
 from encdec.records import ContinuationRecord, JobRecord, read_record
 from launchers import slurm
+from launchers.run_status import read_status
 
 LOOKS_TO_BELIEVE_AN_END = 2
 SECONDS_BETWEEN_LOOKS = 3.0
@@ -41,3 +43,19 @@ def live_job(paths: RunPaths) -> str | None:
             if slurm.job_state(job) not in slurm.END_STATES:
                 return job
     return None
+
+
+def require_no_other_job(paths: RunPaths, job: str) -> None:
+    """Refuse to let ``job`` run what another job, or a process outside Slurm, runs already.
+
+    Raises:
+        RunDirectoryError: naming it.
+    """
+    other, host = live_job(paths), read_status(paths).host
+    if other in (None, job) and host is None:
+        return
+    raise RunDirectoryError(
+        "One job at a time runs a run",
+        found=f"{paths.root} in the hands of " + (f"an attempt on {host}" if host else f"job {other}"),
+        remedy="Let it go on, or end it first (touch " + str(paths.stop_request) + " saves and stops it)",
+    )

@@ -44,8 +44,8 @@ def read_launch_options(paths: RunPaths) -> LaunchOptions:
 
 
 def launch_options(paths: RunPaths, arguments: Namespace) -> LaunchOptions:
-    """The options that the command line asks for, with a warning that suits the run's own saves and its time limit."""
-    limit = None if arguments.time is None else limit_seconds(arguments.time)
+    """The options that the user asks for, with a warning that suits the run's own saves and its time limit."""
+    limit = limit_seconds(arguments.sbatch["time"]) if "time" in arguments.sbatch else None
     return LaunchOptions(
         continue_by=arguments.continue_by,
         max_attempts=arguments.max_attempts,
@@ -77,6 +77,8 @@ def measured_stop_seconds(paths: RunPaths) -> float | None:
 
 def limit_seconds(text: str) -> float:
     """sbatch's --time in seconds; the forms of sbatch(1), minutes first where there are no hours or days."""
+    if text == "UNLIMITED":
+        return math.inf
     days, dash, clock = text.rpartition("-")
     parts = [int(part) for part in clock.split(":")]
     if dash:

@@ -11,7 +11,8 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import replace
 
 import submitit
@@ -22,45 +23,38 @@ from encdec.files import RunPaths, atomic_write_json, atomic_write_text
 from encdec.records import JobRecord, read_record
 from encdec.training.run_config import RunConfig
 from launchers import slurm
+from launchers.cluster_file import ClusterFile
 from launchers.interrupts import held_back
 from launchers.job import RunPhase
-from launchers.launch_options import LaunchOptions
-from launchers.run_directory import code_environment, note, require_snapshot
+from launchers.launch_options import launch_options
+from launchers.run_directory import note, require_snapshot
+from launchers.script import UNKNOWN_SUBMISSION, JobRequest, comment_of, job_text, submitit_parameters
 
-DEAF = """sh -c 'trap "" USR2; exec "$@"' sh"""
-"""Starts Python deaf to a warning that comes before it can have a handler; the job's end time is looked at later."""
 PICKLE = re.compile(r"[0-9a-f]{32}\.pkl")
 SCRIPT = re.compile(r"\.submission_file_[0-9a-f]{32}\.sh")
 """What submitit writes before sbatch, and moves once it has answered."""
 
 
-def start(paths: RunPaths, run: RunConfig, flags: Mapping[str, str], options: LaunchOptions) -> str:
+def start(paths: RunPaths, run: RunConfig, arguments: Namespace) -> str:
     """Submit ``RunPhase(run_dir)``; returns the job id. What sbatch got is kept as ``submit.sbatch``.
-
-    Args:
-        flags: sbatch flags that the user gave, by long name.
-        options: how the job is to be continued.
 
     Raises:
         ConfigError: sbatch refused; nothing is queued.
         RunDirectoryError: the snapshot of the code is gone.
     """
-    require_snapshot(paths)
-    paths.stop_request.unlink(missing_ok=True)  # a request of last time must not stop this attempt
-    paths.continuation.unlink(missing_ok=True)  # its jobs have ended
-    options.write(paths)
+    make_ready(paths, arguments)
     record = JobRecord(submission=secrets.token_hex(4), job=None, submitted=time.time())
     atomic_write_json(paths.job, record.to_json())
-    comment = comment_of(run, record)
-    executor = submitit.SlurmExecutor(folder=paths.submitit, python=f"{DEAF} {shlex.quote(sys.executable)}")
-    executor.update_parameters(**sbatch_parameters(paths, run, flags, options, comment))
+    request = job_request(paths, run, arguments, submission=record.submission)
+    executor = submitit.SlurmExecutor(folder=paths.submitit, python=request.starter)
+    executor.update_parameters(**submitit_parameters(request))
     before = set(paths.submitit.iterdir())
     try:
         # submitit prints what it also raises; a Ctrl-C that killed sbatch might leave a job that nobody knows
         with clean_environment(), contextlib.redirect_stderr(io.StringIO()), held_back():
             job = executor.submit(RunPhase(str(paths.root))).job_id
     except FailedJobError as error:
-        queued = slurm.find_job(run.name, comment)  # the answer may have been lost, not the job
+        queued = slurm.find_job(run.name, request.comment)  # the answer may have been lost, not the job
         if queued is None:
             for leftover in set(paths.submitit.iterdir()) - before:
                 leftover.unlink()
@@ -76,9 +70,45 @@ def start(paths: RunPaths, run: RunConfig, flags: Mapping[str, str], options: La
     return job
 
 
-def comment_of(run: RunConfig, record: JobRecord) -> str:
-    """What the job says about itself in Slurm: by it a job is found again whose id was lost."""
-    return f"encdec {run.identity[:16]} {record.submission}"
+def enter(paths: RunPaths, run: RunConfig, arguments: Namespace, job: str) -> None:
+    """This process is part of ``job``, which was submitted by hand: from now on the run is that job's.
+
+    Raises:
+        RunDirectoryError: the snapshot of the code is gone.
+    """
+    arguments.sbatch = slurm.flags_of(slurm.job_facts(job))
+    make_ready(paths, arguments)
+    record = JobRecord(submission=secrets.token_hex(4), job=job, submitted=time.time())
+    request = job_request(paths, run, arguments, submission=record.submission)
+    atomic_write_text(paths.sbatch, job_text(request, job))
+    atomic_write_json(paths.job, record.to_json())
+    note(paths, "submitted", cluster="slurm", job=job)
+    slurm.describe(job, f"encdec run {paths.root}")  # a later start of the job finds the run by it
+
+
+def make_ready(paths: RunPaths, arguments: Namespace) -> None:
+    """What was asked of the jobs of last time is over."""
+    require_snapshot(paths)
+    paths.stop_request.unlink(missing_ok=True)  # must not stop the next attempt
+    paths.continuation.unlink(missing_ok=True)  # its jobs have ended
+    launch_options(paths, arguments).write(paths)
+
+
+def job_request(
+    paths: RunPaths, run: RunConfig, arguments: Namespace, *, submission: str = UNKNOWN_SUBMISSION
+) -> JobRequest:
+    """What the user asks Slurm for, from here and now."""
+    cluster: ClusterFile = arguments.cluster_file
+    return JobRequest(
+        paths=paths,
+        run=run,
+        cluster=cluster,
+        flags=arguments.sbatch,
+        lead_seconds=launch_options(paths, arguments).lead_seconds,
+        submission=submission,
+        python=cluster.python or shlex.quote(sys.executable),
+        pythonpath=os.environ.get("PYTHONPATH", ""),
+    )
 
 
 def reconcile(paths: RunPaths, run: RunConfig) -> None:
@@ -88,7 +118,7 @@ def reconcile(paths: RunPaths, run: RunConfig) -> None:
     record = read_record(paths.job, JobRecord)
     if record.job is not None:
         return
-    queued = slurm.find_job(run.name, comment_of(run, record))
+    queued = slurm.find_job(run.name, comment_of(run, record.submission))
     if queued is not None:
         adopt(paths, replace(record, job=queued))
 
@@ -115,31 +145,6 @@ def removed_if_refused(paths: RunPaths, *, fresh: bool) -> Iterator[None]:
         if fresh:
             shutil.rmtree(paths.root)
         raise
-
-
-def sbatch_parameters(
-    paths: RunPaths, run: RunConfig, flags: Mapping[str, str], options: LaunchOptions, comment: str
-) -> dict[str, object]:
-    """submitit's parameters for one task per node; pure but for PYTHONPATH. submitit itself adds --open-mode=append."""
-    cpus = flags.get("cpus-per-task") or run.ranks_per_node * (1 + run.config.data.dataloader_num_workers)
-    return {
-        "job_name": run.name,
-        "comment": comment,
-        "nodes": run.nodes,
-        "ntasks_per_node": 1,
-        "cpus_per_task": int(cpus),
-        "gpus_per_node": run.ranks_per_node if run.config.infra.device == "cuda" else None,
-        "time": None,
-        "wckey": None,
-        "stderr_to_stdout": True,
-        "setup": [f"export {name}={shlex.quote(value)}" for name, value in code_environment(paths).items()],
-        "srun_args": ["--kill-on-bad-exit=1", "--wait=60", f"--cpus-per-task={cpus}"],
-        "additional_parameters": {
-            "requeue": True,
-            "signal": f"USR2@{options.lead_seconds}",
-            **{flag: value for flag, value in flags.items() if flag != "cpus-per-task"},
-        },
-    }
 
 
 @contextlib.contextmanager

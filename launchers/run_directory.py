@@ -16,7 +16,7 @@ import launchers
 from encdec.errors import ConfigError, RunDirectoryError
 from encdec.files import RunPaths, atomic_write_json, staged_directory
 from encdec.records import JsonLinesWriter, event
-from encdec.training.run_config import RunConfig
+from encdec.training.run_config import RunConfig, require_same_run
 from launchers.plan import Plan
 
 ROOT = Path("runs")
@@ -71,6 +71,23 @@ def make_run_directory(paths: RunPaths, run: RunConfig, plan: Plan) -> bool:
         ) from None
     note(paths, "created", name=run.name)
     return True
+
+
+def has_content(paths: RunPaths) -> bool:
+    """Whether there is something in the directory already."""
+    return paths.root.exists() and any(paths.root.iterdir())
+
+
+def make_or_find(paths: RunPaths, run: RunConfig, plan: Plan) -> bool:
+    """Whether the run directory was made now; else it is there and was made for the same run.
+
+    Raises:
+        RunDirectoryError: not writable, or made for something else.
+    """
+    if not has_content(paths) and make_run_directory(paths, run, plan):
+        return True
+    require_same_run(paths, run)
+    return False
 
 
 def reason_of(error: OSError) -> str:

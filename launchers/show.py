@@ -70,6 +70,11 @@ def plan(plan: Plan, *, continues: bool) -> None:
     )
 
 
+def script(text: str) -> None:
+    """Print the batch script as it is: no line is folded, so that it can be saved and read by sbatch."""
+    print(f"\nThe batch script, as sbatch would get it:\n\n{text}")
+
+
 def summary(paths: RunPaths, *, already: bool = False, cancelled: bool = False) -> int:
     """Print how the run stands and what to type next; returns the exit code of its newest attempt.
 

@@ -6,6 +6,7 @@ Columns are asked for by name, never as JSON, whose schema changes between relea
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -38,6 +39,14 @@ END_STATES = frozenset(
         "REVOKED", "TIMEOUT", GONE,
     }
 )  # fmt: skip
+
+
+FIELD_OF_FLAG = {
+    "nodes": "NumNodes", "partition": "Partition", "account": "Account", "qos": "QOS", "time": "TimeLimit",
+    "constraint": "Features", "exclude": "ExcNodeList", "reservation": "Reservation", "licenses": "Licenses",
+    "cpus-per-task": "CPUs/Task", "mem": "MinMemoryNode", "mem-per-cpu": "MinMemoryCPU", "gres": "TresPerNode",
+}  # fmt: skip
+"""sbatch's flag -> field of ``scontrol show job`` that says what a job got."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +164,21 @@ def job_facts(job: str) -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
+def flags_of(facts: Mapping[str, str]) -> dict[str, str | bool]:
+    """sbatch's flags, by long name, with which another job gets what the one with these fields has."""
+    flags: dict[str, str | bool] = {}
+    for flag, name in FIELD_OF_FLAG.items():
+        value = facts.get(name, "")
+        if value and value not in ("(null)", "N/A"):
+            flags[flag] = value
+    gres = re.match(r"gres[:/](.+)", str(flags.pop("gres", "")))
+    if gres:
+        flags["gres"] = gres.group(1).replace(",gres/", ",").replace(",gres:", ",")
+    if facts.get("OverSubscribe") == "NO":
+        flags["exclusive"] = True
+    return flags
+
+
 def why_ending(facts: Mapping[str, str], *, restarts: int, now: float) -> Ending:
     """Read the reason from a job's fields, as a task of its start number ``restarts`` sees them after SIGTERM.
 
@@ -189,6 +213,12 @@ def submit(script: Path, *flags: str) -> Answer:
     """sbatch, as if from outside any job; ``out`` is the new job's id."""
     answer = ask("sbatch", "--parsable", *flags, str(script), environment=outside_any_job(os.environ))
     return Answer(answer.ok, answer.out.strip().partition(";")[0], answer.problem)
+
+
+def describe(job: str, comment: str) -> str | None:
+    """Set the job's comment; None if it worked, else why not."""
+    answer = ask("scontrol", "update", f"jobid={job}", f"comment={comment}")
+    return None if answer.ok else answer.problem
 
 
 def cancel(job: str) -> str | None:

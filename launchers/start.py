@@ -9,7 +9,6 @@ from encdec.training.run_config import RunConfig
 from launchers import local, remote, show, watch
 from launchers.interrupts import Interrupts
 from launchers.jobs import live_job
-from launchers.launch_options import launch_options
 from launchers.plan import Plan
 from launchers.run_status import only_starter, read_status, require_not_elsewhere
 
@@ -45,4 +44,4 @@ def find_or_start(paths: RunPaths, run: RunConfig, plan: Plan, arguments: Namesp
         local.start(paths, run)
         return None
     with remote.removed_if_refused(paths, fresh=fresh):
-        return remote.start(paths, run, arguments.sbatch, launch_options(paths, arguments))
+        return remote.start(paths, run, arguments)

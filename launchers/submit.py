@@ -12,8 +12,11 @@ from encdec.training.run_config import require_same_run, resolve_run
 from launchers import show
 from launchers.arguments import parse_submit
 from launchers.cluster import choose_cluster, require_devices, require_text
+from launchers.cluster_file import read_cluster_file
 from launchers.plan import make_plan
-from launchers.run_directory import choose_directory, make_run_directory, usable
+from launchers.remote import job_request
+from launchers.run_directory import choose_directory, has_content, make_or_find, usable
+from launchers.script import require_plain_path, sbatch_text
 from launchers.start import run_phase
 
 
@@ -33,19 +36,28 @@ def submit(arguments: Namespace) -> int:
         ranks_per_node=arguments.gpus_per_node,
         name=arguments.name,
     )
+    arguments.cluster_file = read_cluster_file(arguments.cluster)
+    arguments.sbatch = {**arguments.cluster_file.flags, **arguments.sbatch}
     cluster, why = choose_cluster(arguments.cluster, run)
     if cluster == "local":
         require_devices(run)
     require_text(run)
     paths = RunPaths(choose_directory(arguments.run_dir, run.name, new=arguments.resume == "never"))
+    if cluster == "slurm":
+        require_plain_path(paths)
     plan = make_plan(run, run_dir=str(paths.root), cluster=cluster, why_cluster=why)
     with usable(paths):
-        exists = paths.root.exists() and any(paths.root.iterdir())
-        fresh = not exists and not arguments.dry_run and make_run_directory(paths, run, plan)
-        if exists or not (fresh or arguments.dry_run):
+        if not arguments.dry_run:
+            fresh = make_or_find(paths, run, plan)
+            show.plan(plan, continues=not fresh)
+            return run_phase(paths, run, plan, arguments, fresh=fresh)
+        exists = has_content(paths)
+        if exists:
             require_same_run(paths, run)
         show.plan(plan, continues=exists)
-        return 0 if arguments.dry_run else run_phase(paths, run, plan, arguments, fresh=fresh)
+        if cluster == "slurm":
+            show.script(sbatch_text(job_request(paths, run, arguments)))
+        return 0
 
 
 if __name__ == "__main__":

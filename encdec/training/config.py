@@ -275,7 +275,7 @@ class FullConfig(Section):
         try:
             return cls.model_validate(_without_empty_sections(values))
         except ValidationError as error:
-            raise _explain(error, source) from None
+            raise explain(error, source) from None
 
     def to_yaml(self, path: str | Path) -> None:
         """Write the tree so that ``from_yaml`` gives an equal one."""
@@ -291,14 +291,26 @@ def _without_empty_sections(values: Mapping[str, Any]) -> dict[str, Any]:
     return sections
 
 
-def _explain(error: ValidationError, source: str) -> ConfigError:
-    """One ConfigError for the first problem, with the count of the others."""
+def explain(
+    error: ValidationError,
+    source: str,
+    *,
+    tree: type[BaseModel] = FullConfig,
+    remedy: str = "Correct {path} in the file or with --set {path}=VALUE",
+) -> ConfigError:
+    """One ConfigError for the first problem, with the count of the others.
+
+    Args:
+        source: where the values came from.
+        tree: what they were to become.
+        remedy: for a bad value at ``{path}``.
+    """
     problems = error.errors(include_url=False)
     first, others = problems[0], len(problems) - 1
     path = ".".join(str(part) for part in first["loc"] if part != "[key]") or "(top level)"
     more = f" ({others} more problem{'s' if others > 1 else ''} after this one)" if others else ""
     if first["type"] == "extra_forbidden":
-        known = _known_keys(first["loc"])
+        known = _known_keys(first["loc"], tree)
         near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
         return ConfigError(
             f"{source}: every key must be known",
@@ -317,13 +329,12 @@ def _explain(error: ValidationError, source: str) -> ConfigError:
     return ConfigError(
         f"{source}: {path} breaks the rule '{rule[0].lower() + rule[1:]}'",
         found=f"{shown} of type {type(value).__name__}{more}",
-        remedy=f"Correct {path} in the file or with --set {path}=VALUE",
+        remedy=remedy.format(path=path),
     )
 
 
-def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    """Keys allowed where the unknown key at ``location`` stands."""
-    section: type[BaseModel] = FullConfig
+def _known_keys(location: tuple[int | str, ...], section: type[BaseModel]) -> list[str]:
+    """Keys allowed where the unknown key at ``location`` of a tree stands."""
     for part in location[:-1]:
         if part == "phases":
             section = PhaseOverrides

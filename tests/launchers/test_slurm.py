@@ -75,6 +75,20 @@ def test_refusal_is_one_line():
     assert slurm.refusal("") == "no reason given"
 
 
+def test_flags_that_ask_for_what_a_job_has():
+    facts = {
+        "NumNodes": "2", "Partition": "main", "Account": "research", "QOS": "normal", "TimeLimit": "1-00:00:00",
+        "Features": "(null)", "ExcNodeList": "n[3-4]", "CPUs/Task": "24", "MinMemoryCPU": "2000M",
+        "TresPerNode": "gres:gpu:h100:8", "Licenses": "(null)", "JobName": "x", "OverSubscribe": "NO",
+    }  # fmt: skip
+    assert slurm.flags_of(facts) == {
+        "nodes": "2", "partition": "main", "account": "research", "qos": "normal", "time": "1-00:00:00",
+        "exclude": "n[3-4]", "cpus-per-task": "24", "mem-per-cpu": "2000M", "gres": "gpu:h100:8", "exclusive": True,
+    }  # fmt: skip
+    assert slurm.flags_of({"TresPerNode": "gres/gpu:4,gres/shard:2"}) == {"gres": "gpu:4,shard:2"}  # Slurm 24
+    assert slurm.flags_of({}) == {}
+
+
 TASK = {
     "SLURM_JOB_ID": "12", "SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NODEID": "1", "SLURM_STEP_NUM_NODES": "2",
     "SLURM_JOB_NUM_NODES": "3", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_JOB_NODELIST": "n[1-3]",
