@@ -56,6 +56,7 @@ def start(paths: RunPaths, run: RunConfig, flags: Mapping[str, str]) -> str:
         RunDirectoryError: the snapshot of the code is gone.
     """
     require_snapshot(paths)
+    paths.make()
     paths.stop_request.unlink(missing_ok=True)  # a request of last time must not stop this attempt
     executor = submitit.SlurmExecutor(folder=paths.submitit)
     executor.update_parameters(**sbatch_parameters(paths, run, flags))

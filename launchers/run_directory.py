@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import shutil
 import subprocess
@@ -15,12 +16,13 @@ import encdec
 import launchers
 from encdec.errors import ConfigError, RunDirectoryError
 from encdec.files import RunPaths, atomic_write_json, staged_directory
-from encdec.records import JsonLinesWriter, event
+from encdec.records import JsonLinesWriter, event, read_record
 from encdec.training.run_config import RunConfig
 from launchers.plan import Plan
 
 ROOT = Path("runs")
 SNAPSHOT = (encdec, launchers)
+DIGESTS = "digests.json"
 BYTES_OF_A_FULL_DISK = 1 << 16
 STORAGE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.ESTALE})
 
@@ -55,8 +57,7 @@ def make_run_directory(paths: RunPaths, run: RunConfig, plan: Plan) -> bool:
     try:
         with staged_directory(paths.root) as staging:
             new = RunPaths(staging)
-            run.write(new.run_yaml)
-            atomic_write_json(new.plan, plan.to_mapping())
+            describe(new, run, plan)
             snapshot_code(new.code)
             new.make()
             new.submitit.mkdir()
@@ -71,6 +72,12 @@ def make_run_directory(paths: RunPaths, run: RunConfig, plan: Plan) -> bool:
         ) from None
     note(paths, "created", name=run.name)
     return True
+
+
+def describe(paths: RunPaths, run: RunConfig, plan: Plan) -> None:
+    """Write run.yaml and plan.json: when the directory is made, and before each start, whose place may be another."""
+    run.write(paths.run_yaml)
+    atomic_write_json(paths.plan, plan.to_mapping())
 
 
 def reason_of(error: OSError) -> str:
@@ -105,20 +112,23 @@ def why_full(paths: RunPaths) -> str | None:
 
 
 def require_snapshot(paths: RunPaths) -> None:
-    """A job whose snapshot is gone would run whatever code is installed.
+    """A job whose snapshot is damaged would run other code, or whatever is installed.
 
     Raises:
-        RunDirectoryError: naming what is missing.
+        RunDirectoryError: naming the first file that is missing, new or changed.
     """
-    for package in SNAPSHOT:
-        name = Path(package.__path__[0]).name
-        if not (paths.code / name / "__init__.py").is_file():
-            raise RunDirectoryError(
-                "A run goes on with the code it was made with",
-                found=f"no {name} in {paths.code}",
-                remedy="Restore code/ from a copy (code/git.json names its commit), or make a new run with another "
-                "--run-dir or --name",
-            )
+    recorded = read_record(paths.code / DIGESTS, dict[str, str])
+    there = digests_of(paths.code)
+    changed = sorted(set(recorded.items()) ^ set(there.items()))
+    if changed:
+        name = changed[0][0]
+        how = "missing" if name not in there else "new" if name not in recorded else "changed"
+        raise RunDirectoryError(
+            "A run goes on with the code it was made with",
+            found=f"{paths.code / name}, which is {how}",
+            remedy="Restore code/ from a copy (code/git.json names its commit), or make a new run with another "
+            "--run-dir or --name",
+        )
 
 
 def note(paths: RunPaths, kind: str, **facts: Any) -> None:
@@ -133,6 +143,13 @@ def snapshot_code(target: Path) -> None:
         source = Path(package.__path__[0])
         shutil.copytree(source, target / source.name, ignore=shutil.ignore_patterns("*.tmp"))
     atomic_write_json(target / "git.json", git_state(Path(encdec.__path__[0]).parent))
+    atomic_write_json(target / DIGESTS, digests_of(target))
+
+
+def digests_of(code: Path) -> dict[str, str]:
+    """SHA-256 of each source file of a snapshot, by its path in it."""
+    sources = sorted(path for path in code.rglob("*.py"))
+    return {str(path.relative_to(code)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sources}
 
 
 def code_environment(paths: RunPaths) -> dict[str, str]:

@@ -9,6 +9,7 @@ from encdec.training.run_config import RunConfig
 from launchers import local, remote, show
 from launchers.interrupts import Interrupts
 from launchers.plan import Plan
+from launchers.run_directory import describe
 from launchers.run_status import only_starter, read_status, require_not_elsewhere
 
 
@@ -38,6 +39,7 @@ def find_or_start(paths: RunPaths, run: RunConfig, plan: Plan, arguments: Namesp
         show.followed(job, paths)
         return job
     require_not_elsewhere(paths, status)
+    describe(paths, run, plan)
     if plan.cluster == "local":
         local.start(paths, run)
         return None

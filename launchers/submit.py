@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
+from dataclasses import replace
 
 from encdec.command_line import exit_code_of
 from encdec.files import RunPaths
@@ -43,7 +44,7 @@ def submit(arguments: Namespace) -> int:
         exists = paths.root.exists() and any(paths.root.iterdir())
         fresh = not exists and not arguments.dry_run and make_run_directory(paths, run, plan)
         if exists or not (fresh or arguments.dry_run):
-            require_same_run(paths, run)
+            run = replace(run, name=arguments.name or require_same_run(paths, run).name)
         show.plan(plan, continues=exists)
         return 0 if arguments.dry_run else run_phase(paths, run, plan, arguments, fresh=fresh)
 
