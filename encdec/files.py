@@ -242,7 +242,8 @@ class RunPaths:
         """Claim the next attempt number. Atomic: mkdir(2) succeeds for exactly one claimant of a number."""
         self.attempts.mkdir(parents=True, exist_ok=True)
         while True:
-            number = (self.attempt_numbers() or [-1])[-1] + 1
+            taken = [int(name) for name in os.listdir(self.attempts) if name.isdecimal()]  # stray files, too
+            number = max(taken, default=-1) + 1
             try:
                 self.attempt(number).root.mkdir(mode=0o750)
                 return number

@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -124,6 +124,23 @@ class StepRecord:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+STEP_FIELDS = frozenset(field.name for field in fields(StepRecord))
+
+
+def is_step(record: Any) -> bool:
+    """Whether a parsed line is a whole step record."""
+    return (
+        isinstance(record, dict)
+        and record.keys() >= STEP_FIELDS
+        and all(isinstance(record[name], int | float) for name in STEP_FIELDS)
+    )
+
+
+def read_steps(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the step records of a file; what is no whole one is skipped."""
+    return filter(is_step, read_json_lines(path))
 
 
 def event(kind: str, **facts: Any) -> dict[str, Any]:

@@ -85,10 +85,12 @@ def open_directory(arguments: argparse.Namespace, paths: RunPaths, run: RunConfi
     if os.path.lexists(paths.run_yaml):
         require_same_run(paths, run)
         ask_to_continue(arguments, paths)
-        return
     try:
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+            paths.stop_request.unlink(missing_ok=True)  # a request of last time must not stop this start
         paths.make()
-        run.write(paths.run_yaml)
+        if not os.path.lexists(paths.run_yaml):
+            run.write(paths.run_yaml)
     except OSError as error:
         raise RunDirectoryError(
             "The run directory must be writable",

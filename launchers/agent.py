@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 from encdec.files import AttemptPaths
-from encdec.records import JsonLinesWriter, Refusal, event, read_json_lines, read_record
+from encdec.records import JsonLinesWriter, Refusal, event, read_record, read_steps
 from launchers.forkserver import early_signals
 from launchers.node import NodeJob, RankGroup
 from launchers.outcomes import AttemptFacts
@@ -88,7 +88,7 @@ class NodeAgent:
 
     def last_step(self) -> int:
         """Highest step any rank 0 of this attempt has recorded."""
-        return max((int(record["step"]) for record in read_json_lines(self.paths.steps)), default=0)
+        return max((record["step"] for record in read_steps(self.paths.steps)), default=0)
 
     def rank_failed(self, rank: int, exit_code: int, restart: int) -> None:
         name = f" by {signal.Signals(-exit_code).name}" if exit_code < 0 else ""

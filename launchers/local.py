@@ -13,7 +13,7 @@ from pathlib import Path
 import submitit
 
 from encdec.command_line import INTERRUPTED
-from encdec.errors import EncdecError
+from encdec.errors import EncdecError, RunDirectoryError
 from encdec.files import RunPaths
 from encdec.records import ProcessRecord, read_record
 from encdec.training.run_config import RunConfig
@@ -38,6 +38,7 @@ def start(paths: RunPaths, run: RunConfig) -> None:
         EncdecError: the job died before it could claim an attempt.
     """
     require_snapshot(paths)
+    paths.make()
     paths.stop_request.unlink(missing_ok=True)  # a request of last time must not stop this attempt
     before = paths.newest_attempt()
     note(paths, "submitted", cluster="local")
@@ -52,28 +53,31 @@ def start(paths: RunPaths, run: RunConfig) -> None:
         job = executor.submit(RunPhase(str(paths.root)))
     deadline = time.monotonic() + SECONDS_TO_CLAIM
     while not identified(paths, before):
-        if job.done() or time.monotonic() > deadline:
-            if identified(paths, before):
-                return
-            how = "ended" if job.done() else "is silent"
-            raise EncdecError(
-                "A job must live until its attempt begins",
-                found=f"job {job.job_id}, which {how}: {why_full(paths) or last_word(job.paths.stdout)}",
-                remedy=f"See {job.paths.stdout}, then give the same command again",
-            )
+        ended = job.done()
+        if (ended or time.monotonic() > deadline) and not identified(paths, before):
+            raise why_no_attempt(paths, job, ended=ended)
         time.sleep(0.02)
+
+
+def why_no_attempt(paths: RunPaths, job: submitit.Job[int], *, ended: bool) -> EncdecError:
+    """What to tell of a job that claimed no attempt; a refusal if it refused."""
+    log = job.paths.stdout
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    lines = text.strip().splitlines() or ["no word in its log"]
+    refusals = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    kind = RunDirectoryError if refusals else EncdecError
+    return kind(
+        "A job must live until its attempt begins",
+        found=f"job {job.job_id}, which {'ended' if ended else 'is silent'}: "
+        f"{why_full(paths) or (refusals or lines)[-1].rstrip('.')}",
+        remedy=f"See {log}, then give the same command again",
+    )
 
 
 def identified(paths: RunPaths, before: int | None) -> bool:
     """Whether an attempt newer than ``before`` has been claimed and says which process runs it."""
     newest = paths.newest_attempt()
     return newest != before and newest is not None and paths.attempt(newest).process.is_file()
-
-
-def last_word(log: Path) -> str:
-    """The last line of a log that says something."""
-    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
-    return text.strip().rpartition("\n")[2] or "no word in its log"
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from launchers.cluster_file import read_cluster_file
 from launchers.jobs import require_no_other_job
 from launchers.plan import make_plan
 from launchers.remote import enter
-from launchers.run_directory import choose_directory, make_or_find, usable
+from launchers.run_directory import choose_directory, describe, make_or_find, usable
 from launchers.run_status import only_starter, read_status
 from launchers.script import require_plain_path
 
@@ -49,12 +49,14 @@ def prepare(arguments: Namespace) -> int:
     paths = RunPaths(choose_directory(arguments.run_dir, run.name, new=False))
     require_plain_path(paths)
     with usable(paths):
-        make_or_find(paths, run, make_plan(run, run_dir=str(paths.root), cluster="slurm", why_cluster=f"job {job}"))
+        plan = make_plan(run, run_dir=str(paths.root), cluster="slurm", why_cluster=f"job {job}")
+        make_or_find(paths, run, plan)
         with only_starter(paths):
             if read_status(paths).complete:
                 print(f"{paths.root} is complete: nothing left to do", file=sys.stderr)
                 return 0
             require_no_other_job(paths, job)
+            describe(paths, run, plan)
             enter(paths, run, arguments, job)
     print(f"job {job} runs {paths.root}; its output is in {paths.submitit}", file=sys.stderr)
     print(paths.root)

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from encdec.files import AttemptPaths
+from encdec.records import is_step
 
 SECONDS_BETWEEN_LINES = 5.0
 """Without a terminal."""
@@ -60,6 +61,8 @@ class Progress:
             record = json.loads(line)
         except ValueError:
             return  # torn by a kill
+        if not is_step(record):
+            return
         if self._latest and record["restart"] > self._latest["restart"]:
             self.say(f"a rank died; started again in place, continuing with step {record['step']}")
         self._latest = record

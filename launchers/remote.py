@@ -89,6 +89,7 @@ def enter(paths: RunPaths, run: RunConfig, arguments: Namespace, job: str) -> No
 def make_ready(paths: RunPaths, arguments: Namespace) -> None:
     """What was asked of the jobs of last time is over."""
     require_snapshot(paths)
+    paths.make()
     paths.stop_request.unlink(missing_ok=True)  # must not stop the next attempt
     paths.continuation.unlink(missing_ok=True)  # its jobs have ended
     launch_options(paths, arguments).write(paths)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import shutil
 import subprocess
@@ -15,12 +16,13 @@ import encdec
 import launchers
 from encdec.errors import ConfigError, RunDirectoryError
 from encdec.files import RunPaths, atomic_write_json, staged_directory
-from encdec.records import JsonLinesWriter, event
+from encdec.records import JsonLinesWriter, event, read_record
 from encdec.training.run_config import RunConfig, require_same_run
 from launchers.plan import Plan
 
 ROOT = Path("runs")
 SNAPSHOT = (encdec, launchers)
+DIGESTS = "digests.json"
 BYTES_OF_A_FULL_DISK = 1 << 16
 STORAGE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.ESTALE})
 
@@ -55,8 +57,7 @@ def make_run_directory(paths: RunPaths, run: RunConfig, plan: Plan) -> bool:
     try:
         with staged_directory(paths.root) as staging:
             new = RunPaths(staging)
-            run.write(new.run_yaml)
-            atomic_write_json(new.plan, plan.to_mapping())
+            describe(new, run, plan)
             snapshot_code(new.code)
             new.make()
             new.submitit.mkdir()
@@ -73,21 +74,29 @@ def make_run_directory(paths: RunPaths, run: RunConfig, plan: Plan) -> bool:
     return True
 
 
-def has_content(paths: RunPaths) -> bool:
-    """Whether there is something in the directory already."""
-    return paths.root.exists() and any(paths.root.iterdir())
+def find_run(paths: RunPaths, run: RunConfig) -> RunConfig | None:
+    """The run that the directory holds; None if there is nothing.
+
+    Raises:
+        RunDirectoryError: it was made for something else.
+    """
+    return require_same_run(paths, run) if paths.root.exists() and any(paths.root.iterdir()) else None
 
 
-def make_or_find(paths: RunPaths, run: RunConfig, plan: Plan) -> bool:
-    """Whether the run directory was made now; else it is there and was made for the same run.
+def make_or_find(paths: RunPaths, run: RunConfig, plan: Plan) -> RunConfig | None:
+    """The run that the directory held before; None if it was made now.
 
     Raises:
         RunDirectoryError: not writable, or made for something else.
     """
-    if not has_content(paths) and make_run_directory(paths, run, plan):
-        return True
-    require_same_run(paths, run)
-    return False
+    before = find_run(paths, run)
+    return before if before or make_run_directory(paths, run, plan) else require_same_run(paths, run)
+
+
+def describe(paths: RunPaths, run: RunConfig, plan: Plan) -> None:
+    """Write run.yaml and plan.json: when the directory is made, and before each start, whose place may be another."""
+    run.write(paths.run_yaml)
+    atomic_write_json(paths.plan, plan.to_mapping())
 
 
 def reason_of(error: OSError) -> str:
@@ -122,20 +131,23 @@ def why_full(paths: RunPaths) -> str | None:
 
 
 def require_snapshot(paths: RunPaths) -> None:
-    """A job whose snapshot is gone would run whatever code is installed.
+    """A job whose snapshot is damaged would run other code, or whatever is installed.
 
     Raises:
-        RunDirectoryError: naming what is missing.
+        RunDirectoryError: naming the first file that is missing, new or changed.
     """
-    for package in SNAPSHOT:
-        name = Path(package.__path__[0]).name
-        if not (paths.code / name / "__init__.py").is_file():
-            raise RunDirectoryError(
-                "A run goes on with the code it was made with",
-                found=f"no {name} in {paths.code}",
-                remedy="Restore code/ from a copy (code/git.json names its commit), or make a new run with another "
-                "--run-dir or --name",
-            )
+    recorded = read_record(paths.code / DIGESTS, dict[str, str])
+    there = digests_of(paths.code)
+    changed = sorted(set(recorded.items()) ^ set(there.items()))
+    if changed:
+        name = changed[0][0]
+        how = "missing" if name not in there else "new" if name not in recorded else "changed"
+        raise RunDirectoryError(
+            "A run goes on with the code it was made with",
+            found=f"{paths.code / name}, which is {how}",
+            remedy="Restore code/ from a copy (code/git.json names its commit), or make a new run with another "
+            "--run-dir or --name",
+        )
 
 
 def note(paths: RunPaths, kind: str, **facts: Any) -> None:
@@ -150,6 +162,13 @@ def snapshot_code(target: Path) -> None:
         source = Path(package.__path__[0])
         shutil.copytree(source, target / source.name, ignore=shutil.ignore_patterns("*.tmp"))
     atomic_write_json(target / "git.json", git_state(Path(encdec.__path__[0]).parent))
+    atomic_write_json(target / DIGESTS, digests_of(target))
+
+
+def digests_of(code: Path) -> dict[str, str]:
+    """SHA-256 of each source file of a snapshot, by its path in it."""
+    sources = sorted(path for path in code.rglob("*.py"))
+    return {str(path.relative_to(code)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sources}
 
 
 def code_environment(paths: RunPaths) -> dict[str, str]:

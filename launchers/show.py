@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import shlex
 import sys
+from pathlib import Path
 from typing import Any
 
 from rich.panel import Panel
@@ -13,7 +15,7 @@ from rich.table import Table
 
 from encdec.errors import ExitCode
 from encdec.files import RunPaths
-from encdec.records import Outcome, read_json_lines, read_record
+from encdec.records import Outcome, read_record, read_steps
 from encdec.training.run_config import RunConfig, read_run_config
 from launchers.plan import Plan
 from launchers.progress import make_console
@@ -24,7 +26,9 @@ ASCII_SPARKS = "_.-:=+*#"
 
 
 def make_printable() -> None:
-    """Characters that the terminal's encoding lacks are replaced, not fatal."""
+    """Characters that the terminal's encoding lacks are replaced, not fatal; nor is an output that is closed."""
+    sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115 - for as long as the program runs
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -137,7 +141,7 @@ def summary_rows(paths: RunPaths, run: RunConfig, outcome: Outcome | None) -> di
         **progress_rows(paths, run, outcome),
     }
     if outcome and outcome.checkpoint:
-        verified = "read back, every digest matches" if outcome.checkpoint_verified else "NOT verified"
+        verified = "read back at the end, every digest matched" if outcome.checkpoint_verified else "NOT verified"
         rows["checkpoint"] = f"{outcome.checkpoint}: {verified}"
     rows["directory"] = str(paths.root)
     logs = paths.attempt(numbers[-1]).rank_logs(0) if numbers else paths.submitit
@@ -184,7 +188,7 @@ def what_next(paths: RunPaths, outcome: Outcome | None) -> str:
 
 def merged_steps(paths: RunPaths) -> list[dict[str, Any]]:
     """Step records of all attempts by step; where a step was computed twice the newest counts."""
-    records = (record for number in paths.attempt_numbers() for record in read_json_lines(paths.attempt(number).steps))
+    records = (record for number in paths.attempt_numbers() for record in read_steps(paths.attempt(number).steps))
     by_step = {record["step"]: record for record in records}
     return [by_step[step] for step in sorted(by_step)]
 

@@ -10,6 +10,7 @@ from launchers import local, remote, show, watch
 from launchers.interrupts import Interrupts
 from launchers.jobs import live_job
 from launchers.plan import Plan
+from launchers.run_directory import describe
 from launchers.run_status import only_starter, read_status, require_not_elsewhere
 
 
@@ -40,6 +41,7 @@ def find_or_start(paths: RunPaths, run: RunConfig, plan: Plan, arguments: Namesp
         show.followed(job, paths)
         return job
     require_not_elsewhere(paths, status)
+    describe(paths, run, plan)
     if plan.cluster == "local":
         local.start(paths, run)
         return None

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
+from dataclasses import replace
 
 from encdec.command_line import exit_code_of
 from encdec.files import RunPaths
 from encdec.training.execution import TrainingPhase
-from encdec.training.run_config import require_same_run, resolve_run
+from encdec.training.run_config import resolve_run
 from launchers import show
 from launchers.arguments import parse_submit
 from launchers.cluster import choose_cluster, require_devices, require_text
 from launchers.cluster_file import read_cluster_file
 from launchers.plan import make_plan
 from launchers.remote import job_request
-from launchers.run_directory import choose_directory, has_content, make_or_find, usable
+from launchers.run_directory import choose_directory, find_run, make_or_find, usable
 from launchers.script import require_plain_path, sbatch_text
 from launchers.start import run_phase
 
@@ -47,14 +48,12 @@ def submit(arguments: Namespace) -> int:
         require_plain_path(paths)
     plan = make_plan(run, run_dir=str(paths.root), cluster=cluster, why_cluster=why)
     with usable(paths):
+        before = find_run(paths, run) if arguments.dry_run else make_or_find(paths, run, plan)
+        if before:
+            run = replace(run, name=arguments.name or before.name)
+        show.plan(plan, continues=before is not None)
         if not arguments.dry_run:
-            fresh = make_or_find(paths, run, plan)
-            show.plan(plan, continues=not fresh)
-            return run_phase(paths, run, plan, arguments, fresh=fresh)
-        exists = has_content(paths)
-        if exists:
-            require_same_run(paths, run)
-        show.plan(plan, continues=exists)
+            return run_phase(paths, run, plan, arguments, fresh=before is None)
         if cluster == "slurm":
             show.script(sbatch_text(job_request(paths, run, arguments)))
         return 0

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from encdec.errors import ConfigError
 from encdec.files import atomic_write_text
@@ -37,6 +37,13 @@ class Section(BaseModel):
         use_attribute_docstrings=True,
         protected_namespaces=(),
     )
+
+    @field_validator("*")
+    @classmethod
+    def _can_be_a_path(cls, value: Any) -> Any:
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError("a text must hold no NUL character, which no path or program takes")
+        return value
 
     def __setattr__(self, name: str, value: Any) -> None:
         before = dict(self.__dict__)

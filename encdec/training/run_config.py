@@ -142,8 +142,8 @@ def _run_from(values: Mapping[str, Any]) -> RunConfig:
     return run
 
 
-def require_same_run(paths: RunPaths, run: RunConfig) -> None:
-    """Refuse an existing directory that was made for another configuration.
+def require_same_run(paths: RunPaths, run: RunConfig) -> RunConfig:
+    """The run of an existing directory, which may have been made for another place, but for no other configuration.
 
     Raises:
         RunDirectoryError: naming the first values that differ, or that it is no run directory.
@@ -156,7 +156,7 @@ def require_same_run(paths: RunPaths, run: RunConfig) -> None:
         )
     existing = read_run_config(paths)
     if existing.identity == run.identity:
-        return
+        return existing
     there, now = flatten(existing.to_mapping()), flatten(run.to_mapping())
     differences = [
         f"{path}: {there.get(path)} there, {now.get(path)} now"

@@ -89,8 +89,31 @@ def test_damaged_outcome_may_be_deleted_as_the_message_says(lab: Lab, ended: Run
 def test_strange_things_among_the_attempts_do_no_harm(lab: Lab, ended: RunPaths):
     (ended.attempts / "7").write_text("a file")
     (ended.attempts / "notes").mkdir()
+    with ended.attempt(0).steps.open("a") as steps:
+        steps.write('{}\n{"step": "a"}\n[]\n')
     code, output = lab.submit(ended.root)
-    assert code == 0 and "nothing left to do" in output
+    assert code == 0 and "nothing left to do" in output and "60 of 60" in output
+    ended.attempt(0).outcome.unlink()
+    code, output = lab.submit(ended.root)
+    assert code == 0, output
+    assert ended.attempt_numbers() == [0, 8]
+
+
+@pytest.mark.parametrize("folder", ["attempts", "checkpoints", "gates", "control"])
+def test_file_in_the_place_of_a_folder_is_refused(lab: Lab, ended: RunPaths, folder: str):
+    ended.attempt(0).outcome.unlink()
+    shutil.rmtree(ended.root / folder)
+    (ended.root / folder).touch()
+    code, output = lab.submit(ended.root)
+    assert code == 78
+    assert str(ended.root / folder) in complaint(output)
+
+
+def test_closed_output_is_no_error(lab: Lab, twin: RunPaths):
+    closed = ("sh", "-c", 'exec "$@" >&- 2>&-', "sh", sys.executable)
+    arguments = ["--phase", "sanity_check", "--cluster", "local", "--run-dir", str(twin.root), *lab.arguments()]
+    code, output = lab.run("launchers.submit", *arguments, launcher=closed)
+    assert (code, output) == (0, "")
 
 
 def test_deleted_attempts_are_not_missed(lab: Lab, ended: RunPaths):
@@ -155,10 +178,16 @@ def test_directory_whose_path_no_job_can_carry_is_refused(lab: Lab):
 
 def test_deleted_snapshot_is_not_replaced_by_whatever_is_installed(lab: Lab, ended: RunPaths):
     ended.attempt(0).outcome.unlink()
+    trainer = ended.code / "encdec" / "training" / "trainer.py"
+    with trainer.open("a") as source:
+        source.write("x = (\n")
+    code, output = lab.submit(ended.root)
+    assert code == 78
+    assert f"found {trainer}, which is changed" in complaint(output)
     shutil.rmtree(ended.code / "encdec")
     code, output = lab.submit(ended.root)
     assert code == 78
-    assert "goes on with the code it was made with" in complaint(output)
+    assert "goes on with the code it was made with" in complaint(output) and "is missing" in complaint(output)
     assert ended.attempt_numbers() == [0]
 
 

@@ -54,6 +54,23 @@ def test_other_configuration_in_the_same_directory_is_refused(lab: Lab, twin: Ru
     assert "config.training.learning_rate: 0.01 there, 0.005 now" in output
 
 
+def test_run_goes_on_in_another_place(lab: Lab, tmp_path: Path):
+    """Ranks and the folder of packed text say where a run runs, not what it computes."""
+    paths = RunPaths(lab.root / "run")
+    process = lab.start_submit(paths.root, "--name", "mine")
+    wait_for_step(paths, 5)
+    paths.stop_request.touch()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    elsewhere = ("--set", f"data.packed_dir={tmp_path / 'elsewhere'}", "--gpus-per-node", "1")
+    code, output = lab.submit(paths.root, *elsewhere)
+    assert code == 0, output
+    assert "x 1 cpu rank(s)" in " ".join(output.split())
+    assert [log.name for log in paths.attempt(1).rank_logs(0).glob("*.err")] == ["rank-0.restart-0.err"]
+    assert any((tmp_path / "elsewhere").iterdir())
+    assert "name: mine" in paths.run_yaml.read_text()
+
+
 def test_second_submit_follows_the_running_attempt(lab: Lab):
     paths = RunPaths(lab.root / "run")
     first = lab.start_submit(paths.root)
