@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
+import sys
 from pathlib import Path
 
 from encdec.command_line import Help, Parser
@@ -96,6 +98,7 @@ def parse_submit(argv: list[str] | None) -> argparse.Namespace:
     )
     arguments = parser.parse_args(argv)
     check(arguments)
+    arguments.command = shlex.join(["python", "-m", "launchers.submit", *(sys.argv[1:] if argv is None else argv)])
     values = {flag: getattr(arguments, flag.replace("-", "_")) for flag in SBATCH_FLAGS}
     arguments.sbatch = {flag: value for flag, value in values.items() if value is not None}
     if arguments.sbatch and arguments.cluster == "local":

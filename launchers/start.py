@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 
 from encdec.files import RunPaths
@@ -11,6 +12,7 @@ from launchers.interrupts import Interrupts
 from launchers.jobs import live_job
 from launchers.launch_options import launch_options
 from launchers.plan import Plan
+from launchers.run_directory import note
 from launchers.run_status import only_starter, read_status, require_not_elsewhere
 
 
@@ -41,6 +43,7 @@ def find_or_start(paths: RunPaths, run: RunConfig, plan: Plan, arguments: Namesp
         show.followed(job, paths)
         return job
     require_not_elsewhere(paths, status)
+    note(paths, "command", text=arguments.command, directory=os.getcwd())
     if plan.cluster == "local":
         local.start(paths, run)
         return None
