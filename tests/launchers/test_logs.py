@@ -42,9 +42,7 @@ def crashed(story: Story) -> Story:
     """Two nodes of one rank; rank 1 raised, rank 0 lost its connection; started again, then killed."""
     story.attempt("12", steps=range(1, 10))
     first = story.log("rank-1.restart-0.err", TRACEBACK, node=1)
-    late = story.log(
-        "rank-0.restart-0.err", "a first line\nTraceback (most recent call last):\n  at\nOSError: closed\n"
-    )
+    late = story.log("rank-0.restart-0.err", "one\nTraceback (most recent call last):\n  at\nOSError: closed\n")
     os.utime(first, (1000, 1000))
     os.utime(late, (1001, 1001))
     for node, rank in ((0, 0), (1, 1)):  # the agents' own words, the effect's before the cause's
