@@ -34,7 +34,11 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Names a default only where there is one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
+        return (
+            action.help
+            if action.default is None or action.default is False or action.default == []
+            else super()._get_help_string(action)
+        )
 
 
 def exit_code_of(command: Callable[[], int]) -> int:

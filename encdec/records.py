@@ -9,7 +9,7 @@ import errno
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +19,8 @@ from pydantic import TypeAdapter, ValidationError
 from encdec.errors import RunDirectoryError
 
 Record = TypeVar("Record")
+BYTES_OF_AN_END = 1 << 16
+"""Read from the end of a file to find its last record."""
 
 
 class JsonLinesWriter:
@@ -65,7 +67,22 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
         content = path.read_bytes()
     except FileNotFoundError:
         return
-    for line in content.splitlines():
+    yield from _records(content.splitlines())
+
+
+def read_ends(path: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """The first and the last record of a JSON-lines file, however long it is; None where there is none."""
+    try:
+        with path.open("rb") as stream:
+            first = next(_records(stream), None)
+            stream.seek(-min(BYTES_OF_AN_END, os.fstat(stream.fileno()).st_size), os.SEEK_END)
+            return first, next(_records(reversed(stream.read().splitlines())), None)
+    except FileNotFoundError:
+        return None, None
+
+
+def _records(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    for line in lines:
         try:
             record = json.loads(line)
         except ValueError:

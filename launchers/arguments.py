@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
+import sys
 from pathlib import Path
 
 from encdec.command_line import Help, Parser
@@ -76,6 +78,7 @@ def parse_submit(argv: list[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     check(arguments)
     check_flags(arguments)
+    arguments.command = shlex.join(["python", "-m", "launchers.submit", *(sys.argv[1:] if argv is None else argv)])
     return arguments
 
 

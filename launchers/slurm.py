@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -112,10 +112,56 @@ def job_state(job: str) -> str:
     state = parse_state(answer.out) if answer.ok else None
     if state:
         return state
-    forgotten = answer.ok or "invalid job id" in answer.problem.lower()
     accounted = parse_state(
         ask("sacct", "--allocations", "--noheader", "--parsable2", f"--jobs={job}", "--format=State").out
     )
+    return unlisted_state(accounted, forgotten=has_forgotten(answer))
+
+
+@dataclass(frozen=True)
+class JobState:
+    """What Slurm says of a job."""
+
+    state: str
+    reason: str = ""
+    """Why it waits, in Slurm's words; empty unless it does."""
+    start: float | None = None
+    """When Slurm expects a waiting job to start, seconds since the epoch."""
+
+    @property
+    def ended(self) -> bool:
+        return self.state in END_STATES
+
+
+def job_states(jobs: Sequence[str]) -> dict[str, JobState]:
+    """``job_state`` of any number of jobs, with what is known of those that wait: one squeue for all, and one sacct
+    for those that squeue does not list.
+    """
+    if not jobs:
+        return {}
+    named = f"--jobs={','.join(jobs)}"
+    answer = ask("squeue", "--noheader", named, "--states=all", "--format=%i|%T|%r|%S")
+    rows = (line.split("|") for line in answer.out.splitlines()) if answer.ok else ()
+    states = {
+        job: JobState(state, reason, parse_time(start)) if state == "PENDING" else JobState(state)
+        for job, state, reason, start in (row for row in rows if len(row) == 4)
+    }
+    if states.keys() >= set(jobs):
+        return states
+    accounting = ask("sacct", "--allocations", "--noheader", "--parsable2", named, "--format=JobID,State").out
+    ends = {job: parse_state(state) for job, _, state in (line.partition("|") for line in accounting.splitlines())}
+    forgotten = has_forgotten(answer)
+    unlisted = {job: JobState(unlisted_state(ends.get(job), forgotten=forgotten)) for job in jobs}
+    return unlisted | states
+
+
+def has_forgotten(answer: Answer) -> bool:
+    """Whether squeue's answer means that the controller knows nothing of the jobs that it does not list."""
+    return answer.ok or "invalid job id" in answer.problem.lower()
+
+
+def unlisted_state(accounted: str | None, *, forgotten: bool) -> str:
+    """State of a job that squeue does not list, by what accounting says of it."""
     if accounted in END_STATES:
         return accounted
     return GONE if forgotten else UNKNOWN  # a job that only accounting calls alive was lost by the controller
@@ -225,6 +271,36 @@ def cancel(job: str) -> str | None:
     """scancel; None if it worked, else why not."""
     answer = ask("scancel", job)
     return None if answer.ok else answer.problem
+
+
+def kill(job: str) -> str | None:
+    """End the job's tasks at once; None if it worked, else why not. A scancel alone leaves them KillWait seconds.
+
+    The job is cancelled, too, before its script can end by itself: its state says that a user did it.
+    """
+    ask("scancel", "--signal=KILL", f"{job}.0")  # fails where no task runs yet
+    return cancel(job)
+
+
+def kill_wait() -> float | None:
+    """Seconds between the SIGTERM of a scancel and its SIGKILL; None if nobody can say."""
+    found = re.search(r"^KillWait\s*=\s*(\d+) sec", ask("scontrol", "show", "config").out, re.MULTILINE)
+    return float(found.group(1)) if found else None
+
+
+def warn(job: str) -> str | None:
+    """Send the job's tasks the signal that Slurm sends before the time limit; None if it worked, else why not."""
+    answer = ask("scancel", "--signal=USR2", job)
+    return None if answer.ok else answer.problem
+
+
+def start_now(job: str, *, held: bool) -> str | None:
+    """Lift the hold-off of a job that waits, and its user's hold; None if it worked, else why not."""
+    for command in ([("release", job)] if held else []) + [("update", f"jobid={job}", "StartTime=now")]:
+        answer = ask("scontrol", *command)
+        if not answer.ok:
+            return answer.problem
+    return None
 
 
 def find_job(name: str, comment: str) -> str | None:

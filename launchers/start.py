@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 
 from encdec.files import RunPaths
@@ -10,7 +11,7 @@ from launchers import local, remote, show, watch
 from launchers.interrupts import Interrupts
 from launchers.jobs import live_job
 from launchers.plan import Plan
-from launchers.run_directory import describe
+from launchers.run_directory import describe, note
 from launchers.run_status import only_starter, read_status, require_not_elsewhere
 
 
@@ -42,6 +43,7 @@ def find_or_start(paths: RunPaths, run: RunConfig, plan: Plan, arguments: Namesp
         return job
     require_not_elsewhere(paths, status)
     describe(paths, run, plan)
+    note(paths, "command", text=arguments.command, directory=os.getcwd())
     if plan.cluster == "local":
         local.start(paths, run)
         return None

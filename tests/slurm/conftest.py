@@ -1,19 +1,25 @@
-"""A real Slurm cluster for every test that asks for one: the fixtures `sandbox` and `workspace`."""
+"""A real Slurm cluster for every test that asks for one: the fixtures `sandbox`, `workspace` and `cluster`."""
 
 from __future__ import annotations
 
+import json
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from encdec.errors import MissingPrerequisite
+from encdec.files import RunPaths
+from encdec.records import read_json_lines
 from launchers.sandbox import preflight
 from launchers.sandbox.cluster import Sandbox
 from launchers.sandbox.layout import Shape
+from tests.conftest import Lab
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -70,3 +76,54 @@ def eventually() -> Callable[..., None]:
             time.sleep(0.2)
 
     return wait
+
+
+@dataclass
+class Cluster:
+    """Submits the micro sanity check on two nodes of one rank each, the world size of the local twin."""
+
+    lab: Lab
+    sandbox: Sandbox
+
+    def submit(self, paths: RunPaths, *extra: str) -> tuple[int, str]:
+        # two nodes share this machine's cores: threads that spin while they wait would slow each other down
+        settings = [f"SLURM_CONF={self.sandbox.layout.slurm_conf}", "OMP_WAIT_POLICY=PASSIVE"]
+        where = ["--nodes", "2", "--gpus-per-node", "1", "--run-dir", str(paths.root)]
+        return self.lab.run(
+            "launchers.submit", "--phase", "sanity_check", "--cluster", "slurm", *where, *self.lab.arguments(*extra),
+            launcher=("env", *settings, sys.executable),
+        )  # fmt: skip
+
+    def queue(self, paths: RunPaths, *extra: str) -> str:
+        """Submit without waiting; returns the job id."""
+        code, output = self.submit(paths, *extra)
+        assert code == 0, output
+        job = json.loads((paths.root / "job.json").read_text())["job"]
+        assert f"job {job}: " in output
+        return job
+
+    def run(self, module: str, *arguments: str) -> tuple[int, str]:
+        """Another command of the launcher, where this cluster's Slurm answers: (exit code, output)."""
+        launcher = ("env", f"SLURM_CONF={self.sandbox.layout.slurm_conf}", sys.executable)
+        return self.lab.run(module, *arguments, launcher=launcher)
+
+    def state(self, job: str) -> str:
+        """What squeue says of a job, ended ones included."""
+        return self.sandbox.run("squeue", "-h", "-j", job, "-t", "all", "-o", "%T").strip()
+
+    def history(self, job: str) -> list[str]:
+        """The states of all starts of a job, oldest first."""
+        return self.sandbox.run("sacct", "-D", "-X", "-n", "-P", "-j", job, "-o", "State").splitlines()
+
+
+@pytest.fixture
+def cluster(lab: Lab, sandbox: Sandbox) -> Cluster:
+    return Cluster(lab, sandbox)
+
+
+def outcome(paths: RunPaths, attempt: int = 0) -> dict:
+    return json.loads(paths.attempt(attempt).outcome.read_text())
+
+
+def ledger(path: Path, kind: str) -> list[dict]:
+    return [record for record in read_json_lines(path) if record["event"] == kind]

@@ -16,9 +16,8 @@ import pytest
 from encdec.files import RunPaths
 from encdec.records import ContinuationRecord, read_json_lines, read_record
 from tests.conftest import losses, wait_for_step, wait_until
-from tests.slurm.test_submit import Cluster, cluster, ledger, outcome
+from tests.slurm.conftest import Cluster, ledger, outcome
 
-__all__ = ["cluster"]  # the fixture
 pytestmark = pytest.mark.slurm
 Eventually = Callable[..., None]
 

@@ -12,9 +12,8 @@ import pytest
 
 from encdec.files import RunPaths
 from tests.conftest import losses
-from tests.slurm.test_submit import Cluster, cluster, ledger
+from tests.slurm.conftest import Cluster, ledger
 
-__all__ = ["cluster"]  # the fixture
 pytestmark = pytest.mark.slurm
 
 LOST = "sbatch: error: Batch job submission failed: Socket timed out on send/recv operation"

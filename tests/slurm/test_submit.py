@@ -3,61 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
 from encdec.files import RunPaths
 from encdec.records import read_json_lines
-from launchers.sandbox.cluster import Sandbox
-from tests.conftest import Lab, losses, wait_for_step
+from tests.conftest import losses, wait_for_step
+from tests.slurm.conftest import Cluster, ledger, outcome
 
 pytestmark = pytest.mark.slurm
-
-
-@dataclass
-class Cluster:
-    """Submits the micro sanity check on two nodes of one rank each, the world size of the local twin."""
-
-    lab: Lab
-    sandbox: Sandbox
-
-    def submit(self, paths: RunPaths, *extra: str) -> tuple[int, str]:
-        # two nodes share this machine's cores: threads that spin while they wait would slow each other down
-        settings = [f"SLURM_CONF={self.sandbox.layout.slurm_conf}", "OMP_WAIT_POLICY=PASSIVE"]
-        where = ["--nodes", "2", "--gpus-per-node", "1", "--run-dir", str(paths.root)]
-        return self.lab.run(
-            "launchers.submit", "--phase", "sanity_check", "--cluster", "slurm", *where, *self.lab.arguments(*extra),
-            launcher=("env", *settings, sys.executable),
-        )  # fmt: skip
-
-    def queue(self, paths: RunPaths, *extra: str) -> str:
-        """Submit without waiting; returns the job id."""
-        code, output = self.submit(paths, *extra)
-        assert code == 0, output
-        job = json.loads((paths.root / "job.json").read_text())["job"]
-        assert f"job {job}: " in output
-        return job
-
-    def history(self, job: str) -> list[str]:
-        """The states of all starts of a job, oldest first."""
-        return self.sandbox.run("sacct", "-D", "-X", "-n", "-P", "-j", job, "-o", "State").splitlines()
-
-
-@pytest.fixture
-def cluster(lab: Lab, sandbox: Sandbox) -> Cluster:
-    return Cluster(lab, sandbox)
-
-
-def outcome(paths: RunPaths, attempt: int = 0) -> dict:
-    return json.loads(paths.attempt(attempt).outcome.read_text())
-
-
-def ledger(path: Path, kind: str) -> list[dict]:
-    return [record for record in read_json_lines(path) if record["event"] == kind]
 
 
 def test_two_nodes_compute_what_one_machine_computes(

@@ -1,0 +1,177 @@
+"""How runs stand: each one's records, and Slurm's word on the jobs of all of them together."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import socket
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from encdec.errors import EncdecError
+from encdec.files import RunPaths
+from encdec.records import JobRecord, read_json_lines
+from encdec.training.run_config import read_run_config
+from launchers.history import AttemptView, read_attempt
+from launchers.jobs import began_since_submission, newest_jobs, submission
+from launchers.run_directory import usable
+from launchers.run_status import host_of
+from launchers.slurm import JobState, job_states
+from launchers.standing import CONTINUABLE, Standing, State, standing
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecords:
+    """What a run directory says."""
+
+    phase: str
+    total_steps: int
+    attempts: list[AttemptView]
+    """Oldest first."""
+    host: str | None
+    """The machine on which an attempt runs outside Slurm."""
+    jobs: list[str]
+    """Those whose state matters, the one that runs the run first; none once it is complete."""
+    cancelled: bool
+    """Whether the run's own records say that a user cancelled what it did last."""
+    unanswered: bool
+    """Whether sbatch never answered to the newest submission."""
+    command: str | None
+    """The submit command given last, with its directory."""
+    heartbeat: float | None
+    """The newest attempt's newest sign of life, seconds since the epoch."""
+    checkpoint: str | None
+    """Name of the newest checkpoint."""
+    checkpoint_time: float | None
+
+    @property
+    def newest(self) -> AttemptView | None:
+        return self.attempts[-1] if self.attempts else None
+
+    @property
+    def position(self) -> AttemptView | None:
+        """The newest attempt that did a step."""
+        return next((attempt for attempt in reversed(self.attempts) if attempt.last_step is not None), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunView:
+    """A run as a person is told of it."""
+
+    name: str
+    directory: str
+    standing: Standing
+    records: RunRecords | None
+    """None: damaged."""
+    job: JobState | None
+    """What Slurm says of the job that the standing is about."""
+
+    @property
+    def next_command(self) -> str | None:
+        """What continues the run; None where nothing would."""
+        if self.records is None or self.standing.state not in CONTINUABLE:
+            return None
+        return self.records.command or "the same submit command"
+
+
+def look(runs: Sequence[RunPaths], *, forgiving: bool) -> list[RunView]:
+    """How each of the runs stands; Slurm is asked once for all.
+
+    Raises:
+        EncdecError: one of them is damaged, unless ``forgiving``, which makes that its standing.
+    """
+    read = [read_or_damage(paths) for paths in runs]
+    if not forgiving:
+        for damage in read:
+            if isinstance(damage, EncdecError):
+                raise damage
+    states = job_states([job for one in read if isinstance(one, RunRecords) for job in one.jobs])
+    return [view(paths, one, states) for paths, one in zip(runs, read, strict=True)]
+
+
+def read_or_damage(paths: RunPaths) -> RunRecords | EncdecError:
+    try:
+        with usable(paths):
+            return read_records(paths)
+    except EncdecError as damage:
+        return damage
+
+
+def view(paths: RunPaths, read: RunRecords | EncdecError, states: Mapping[str, JobState]) -> RunView:
+    """Pure: a run's records and Slurm's words -> the verdict."""
+    name, directory = paths.root.name, str(paths.root)
+    if isinstance(read, EncdecError):
+        damaged = Standing(State.DAMAGED, f"damaged: {read.found}")
+        return RunView(name=name, directory=directory, standing=damaged, records=None, job=None)
+    jobs = {job: states[job] for job in read.jobs}
+    verdict = standing(
+        read.newest,
+        jobs,
+        host=read.host,
+        here=read.host == socket.gethostname(),
+        cancelled=read.cancelled or any(said.state == "CANCELLED" for said in jobs.values()),
+        unanswered=read.unanswered,
+    )
+    said = jobs.get(verdict.job) if verdict.job else None
+    return RunView(name=name, directory=directory, standing=verdict, records=read, job=said)
+
+
+def read_records(paths: RunPaths) -> RunRecords:
+    """Read a run directory. Asks nobody.
+
+    Raises:
+        RunDirectoryError: damaged.
+        OSError: not readable.
+    """
+    run = read_run_config(paths)
+    attempts = [read_attempt(number, paths.attempt(number)) for number in paths.attempt_numbers()]
+    newest, submitted = attempts[-1] if attempts else None, submission(paths)
+    place = paths.attempt(newest.number) if newest else None
+    ended_well = newest is not None and newest.cause == "complete"
+    local = newest is not None and newest.job is None and began_since_submission(newest.began, submitted)
+    ledger = list(read_json_lines(paths.events))
+    checkpoint = newest_checkpoint(paths)
+    return RunRecords(
+        phase=str(run.phase.phase) if run.phase else "training",
+        total_steps=run.num_train_steps,
+        attempts=attempts,
+        host=host_of(place) if place and newest and newest.cause is None else None,
+        jobs=[] if ended_well or local else newest_jobs(paths),
+        cancelled=was_cancelled(newest, submitted, ledger),
+        unanswered=submitted is not None and submitted.job is None and not local,
+        command=submit_command(ledger),
+        heartbeat=newest_change(place.root.glob("heartbeat-*")) if place else None,
+        checkpoint=checkpoint.name if checkpoint else None,
+        checkpoint_time=newest_change([checkpoint]) if checkpoint else None,
+    )
+
+
+def was_cancelled(newest: AttemptView | None, submitted: JobRecord | None, ledger: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the attempt or the submission that came last was cancelled, as its own ledger or the run's says."""
+    if newest and newest.cancelled and began_since_submission(newest.began, submitted):
+        return True
+    since = max(newest.began or 0.0 if newest else 0.0, submitted.submitted if submitted else 0.0)
+    return any(record.get("event") == "cancelled" and record.get("time", 0.0) > since for record in ledger)
+
+
+def submit_command(ledger: Sequence[Mapping[str, Any]]) -> str | None:
+    """The submit command given last, with the directory it was given in."""
+    given = next((record for record in reversed(ledger) if record.get("event") == "command"), None)
+    return f"cd {shlex.quote(given['directory'])} && {given['text']}" if given else None
+
+
+def newest_change(files: Iterable[Path]) -> float | None:
+    """The newest time of modification, seconds since the epoch; None without files."""
+    times = []
+    for file in files:
+        with contextlib.suppress(FileNotFoundError):  # a checkpoint may have been rotated away meanwhile
+            times.append(file.stat().st_mtime)
+    return max(times, default=None)
+
+
+def newest_checkpoint(paths: RunPaths) -> Path | None:
+    """The committed checkpoint of the highest step."""
+    steps = {path.name.removeprefix("step-"): path for path in paths.checkpoints.glob("step-*")}
+    return max((path for step, path in steps.items() if step.isdecimal()), key=lambda p: int(p.name[5:]), default=None)

@@ -1,0 +1,54 @@
+"""python -m launchers.requeue RUN: have a run on Slurm save and start again, or start at once if it waits."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from encdec.command_line import Help, Parser, exit_code_of
+from launchers import show
+from launchers.control import requeue
+from launchers.names import add_run, find_run
+from launchers.overview import RunView, look
+from launchers.progress import make_console
+from launchers.standing import State
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        prog="python -m launchers.requeue",
+        description="Have a run on Slurm save and start again, by requeue or successor as it was submitted. The "
+        "hold-off of a run that waits is lifted.",
+        formatter_class=Help,
+        allow_abbrev=False,
+    )
+    add_run(parser)
+    parser.add_argument("--now", action="store_true", help="scontrol requeue: do not wait for the save")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns an exit code of encdec.errors.ExitCode."""
+    show.make_printable()
+    return exit_code_of(lambda: run(parse(argv)))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    paths = find_run(arguments.run, arguments.root)
+    [view] = look([paths], forgiving=False)
+    words = requeue(paths, now=arguments.now, remedy=what_instead(view))
+    make_console().print(f"{paths.root.name}: {words}")
+    return 0
+
+
+def what_instead(view: RunView) -> str:
+    """What to do with a run that has no job to be requeued."""
+    if view.next_command:
+        return f"Start it again: {view.next_command}"
+    if view.standing.state is State.RUNNING:
+        return f"python -m launchers.cancel {view.name}, then the same submit command on a cluster"
+    return f"python -m launchers.status {view.name} says why it ended: {view.standing.words}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
