@@ -7,12 +7,14 @@ import multiprocessing.forkserver
 import signal
 
 
-def start_forkserver() -> None:
-    """Start it, and multiprocessing's resource tracker with it.
-
-    A cluster's warning signal may reach all processes of a job, and would kill those without a handler. So it is
+def block_warnings() -> None:
+    """A cluster's warning signal may reach all processes of a job, and would kill those without a handler. So it is
     blocked from here on: the helpers stay so, the agent unblocks it when it listens, ranks when they ignore it.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+
+
+def start_forkserver() -> None:
+    """Start it, and multiprocessing's resource tracker with it."""
     multiprocessing.set_forkserver_preload(["launchers.preload"])
     multiprocessing.forkserver.ensure_running()

@@ -41,8 +41,9 @@ def find_or_start(paths: RunPaths, run: RunConfig, plan: Plan, arguments: Namesp
         show.followed(job, paths)
         return job
     require_not_elsewhere(paths, status)
+    options = launch_options(paths, arguments)
     if plan.cluster == "local":
-        local.start(paths, run)
+        local.start(paths, run, options)
         return None
     with remote.removed_if_refused(paths, fresh=fresh):
-        return remote.start(paths, run, arguments.sbatch, launch_options(paths, arguments))
+        return remote.start(paths, run, arguments.sbatch, options)

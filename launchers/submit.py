@@ -14,7 +14,13 @@ from launchers.arguments import parse_submit
 from launchers.cluster import choose_cluster, require_devices, require_text
 from launchers.interrupts import INTERRUPTED
 from launchers.plan import make_plan
-from launchers.run_directory import choose_directory, make_run_directory, usable
+from launchers.run_directory import (
+    choose_directory,
+    make_run_directory,
+    own_code,
+    require_accelerate_config,
+    usable,
+)
 from launchers.start import run_phase
 
 
@@ -49,6 +55,8 @@ def submit(arguments: Namespace) -> int:
     plan = make_plan(run, run_dir=str(paths.root), cluster=cluster, why_cluster=why)
     with usable(paths):
         exists = paths.root.exists() and any(paths.root.iterdir())
+        if arguments.launcher == "accelerate":
+            require_accelerate_config(paths.code if exists else own_code())
         fresh = not exists and not arguments.dry_run and make_run_directory(paths, run, plan)
         if exists or not (fresh or arguments.dry_run):
             require_same_run(paths, run)

@@ -34,9 +34,9 @@ class Cluster:
             launcher=("env", *settings, sys.executable),
         )  # fmt: skip
 
-    def queue(self, paths: RunPaths) -> str:
+    def queue(self, paths: RunPaths, *extra: str) -> str:
         """Submit without waiting; returns the job id."""
-        code, output = self.submit(paths)
+        code, output = self.submit(paths, *extra)
         assert code == 0, output
         job = json.loads((paths.root / "job.json").read_text())["job"]
         assert f"job {job}: " in output
