@@ -36,7 +36,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description="Train as one rank. Start it with torchrun or accelerate launch.",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", type=Path, help="YAML file (required without --attempt)")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config", type=Path, help="YAML file")
+    what.add_argument("--run_dir", type=Path, help="instead: run directory of the launcher, which gives --attempt too")
     parser.add_argument(
         "--set",
         action="append",
@@ -54,15 +56,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--resume_from", type=Path, help="a step-<k> folder (default: the newest valid one in output_dir)"
     )
     parser.add_argument("--auto-resume", action="store_true", help="at a terminal, continue without asking")
-    claimed = parser.add_argument_group("as a rank of the launcher, which gives these and nothing else")
-    claimed.add_argument("--run_dir", type=Path, help="run directory made by launchers.submit")
+    claimed = parser.add_argument_group("with --run_dir, and nothing else")
     claimed.add_argument("--attempt", type=int, metavar="N", help="its attempt, claimed already")
     claimed.add_argument("--agent", type=int, metavar="PID", help="the process that started this one; die with it")
     arguments = parser.parse_args(argv)
     if (arguments.run_dir is None) != (arguments.attempt is None):
         parser.error("--run_dir and --attempt go together")
-    if arguments.config is None and arguments.attempt is None:
-        parser.error("the following arguments are required: --config")
     return arguments
 
 
