@@ -13,7 +13,7 @@ from encdec.files import ACCELERATE_CONFIG, RunPaths
 from encdec.records import read_json_lines
 from launchers.accelerated import arguments, torchrun_variables
 from launchers.node import NodeJob
-from tests.conftest import Lab, agent_of, losses, wait_for_step
+from tests.conftest import Lab, agent_of, losses, wait_for_step, wait_until
 
 ACCELERATE = ("--launcher", "accelerate")
 
@@ -94,8 +94,7 @@ def test_early_warning_and_termination_do_not_kill_ranks_that_still_start(lab: L
     paths = RunPaths(lab.root / "run")
     process = lab.start_submit(paths.root, *ACCELERATE)
     logs = paths.attempt(0).rank_logs(0)
-    while not list(logs.glob("*.err")) and process.poll() is None:
-        pass
+    wait_until(lambda: list(logs.glob("*.err")), "the ranks are started")
     for number in (signal.SIGUSR2, signal.SIGTERM):
         for told in [agent_of(paths), *programs_of(paths)]:
             told.send_signal(number)
