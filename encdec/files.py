@@ -99,6 +99,10 @@ def staged_directory(final: Path) -> Iterator[Path]:
     fsync_directory(final.parent)
 
 
+ACCELERATE_CONFIG = Path("configs", "accelerate_fsdp2.yaml")
+"""Beside the packages, in a checkout as in a run's snapshot of it."""
+
+
 @dataclass(frozen=True)
 class AttemptPaths:
     """One attempt's folder: ``attempts/<n>/``."""
@@ -129,6 +133,11 @@ class AttemptPaths:
         return self.root / "process.json"
 
     @property
+    def result(self) -> Path:
+        """What rank 0 says when all its work is done (a RankResult)."""
+        return self.root / "result.json"
+
+    @property
     def error(self) -> Path:
         """What a rank that refused to run told its user (a Refusal)."""
         return self.root / "error.json"
@@ -155,6 +164,11 @@ class RunPaths:
     @property
     def code(self) -> Path:
         return self.root / "code"
+
+    @property
+    def accelerate_config(self) -> Path:
+        """What accelerate launch reads, beside its arguments."""
+        return self.code / ACCELERATE_CONFIG
 
     @property
     def events(self) -> Path:

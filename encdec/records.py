@@ -193,6 +193,23 @@ class Outcome:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RankResult:
+    """What rank 0 says of the end of its work: ``attempts/<n>/result.json``. The agent makes it an Outcome."""
+
+    cause: str
+    """complete | signalled | stop_requested | gate"""
+    step: int
+    checkpoint: str | None
+    checkpoint_verified: bool
+    first_loss: float | None
+    last_loss: float | None
+    message: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Refusal:
     """What a rank that refused to run told its user: ``attempts/<n>/error.json``."""
 

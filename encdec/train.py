@@ -1,6 +1,8 @@
 """The rank program, whoever starts it: our agent, torchrun or ``accelerate launch``.
 
 torchrun --nproc-per-node 2 -m encdec.train --config configs/tiny.yaml --output_dir output
+
+The launcher gives it an attempt that it has claimed instead: ``--run_dir RUN --attempt 0 --agent 4711``.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import NoReturn
 from encdec.command_line import INTERRUPTED, Parser
 from encdec.errors import EncdecError, ExitCode, RunDirectoryError
 from encdec.files import RunPaths
+from encdec.training import lifeline
 from encdec.training.execution import TrainingPhase
 from encdec.training.rank import run_rank, run_rank_of_attempt, start_log
 from encdec.training.run_config import RunConfig, require_same_run, resolve_run
@@ -33,7 +36,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description="Train as one rank. Start it with torchrun or accelerate launch.",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", type=Path, required=True, help="YAML file")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config", type=Path, help="YAML file")
+    what.add_argument("--run_dir", type=Path, help="instead: run directory of the launcher, which gives --attempt too")
     parser.add_argument(
         "--set",
         action="append",
@@ -51,13 +56,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--resume_from", type=Path, help="a step-<k> folder (default: the newest valid one in output_dir)"
     )
     parser.add_argument("--auto-resume", action="store_true", help="at a terminal, continue without asking")
-    return parser.parse_args(argv)
+    claimed = parser.add_argument_group("with --run_dir, and nothing else")
+    claimed.add_argument("--attempt", type=int, metavar="N", help="its attempt, claimed already")
+    claimed.add_argument("--agent", type=int, metavar="PID", help="the process that started this one; die with it")
+    arguments = parser.parse_args(argv)
+    if (arguments.run_dir is None) != (arguments.attempt is None):
+        parser.error("--run_dir and --attempt go together")
+    return arguments
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns an exit code of encdec.errors.ExitCode."""
     try:
         arguments = parse(argv)
+        if arguments.attempt is not None:
+            run_claimed(arguments)
         run = resolve(arguments)
         paths = RunPaths(Path(arguments.output_dir or run.config.infra.output_dir).absolute())
         if int(os.environ.get("RANK", 0)) == 0:
@@ -69,6 +82,21 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         end("interrupted", INTERRUPTED)
     return EXIT_CODES.get(outcome["cause"], ExitCode.CONTINUE_ME)
+
+
+def run_claimed(arguments: argparse.Namespace) -> NoReturn:
+    """One rank of a claimed attempt. How it ended is in result.json: to a launcher any other code than 0 is a crash.
+
+    It ends at once, as a forked rank does: Python drops its signal handlers a second before it has ended, and a warning
+    that the agent sends once more would kill it then.
+    """
+    if arguments.agent is not None:
+        lifeline.die_with_parent(arguments.agent)
+        lifeline.listen_to_agent(arguments.agent)
+    run_rank_of_attempt(str(arguments.run_dir), arguments.attempt)
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.flush()
+    os._exit(ExitCode.COMPLETE)
 
 
 def resolve(arguments: argparse.Namespace) -> RunConfig:

@@ -1,7 +1,5 @@
-"""One agent per node: rendezvous, rank processes, signals, heartbeats. Torch elastic, used as a library.
-
-Ranks and restarted ranks are forks of the forkserver, which loads torch and transformers once, while this process is
-still importing torch elastic.
+"""One agent per node: rendezvous, rank processes, signals, heartbeats. Torch elastic, used as a library, or Accelerate,
+which ends in torch elastic too.
 """
 
 from __future__ import annotations
@@ -12,15 +10,15 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from encdec.files import AttemptPaths
-from encdec.records import JsonLinesWriter, Refusal, event, read_record, read_steps
+from encdec.records import JsonLinesWriter, RankResult, Refusal, event, read_record, read_steps
 from launchers.forkserver import early_signals
-from launchers.node import NodeJob, RankGroup
+from launchers.node import NodeJob, RankGroup, Watcher
 from launchers.outcomes import AttemptFacts
-from launchers.rank import run_rank
 
 FORWARDED = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 DEADLINE = "the time limit"
@@ -64,17 +62,17 @@ class NodeAgent:
             signal.signal(number, self._on_signal)
         self.stop_signal = early_signals[-1] if early_signals else None
         signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
-        from launchers.elastic import supervise  # imports torch while the forkserver imports the rest
-
-        self._tell("agent_ready", node=self.job.node_rank)
+        supervise = choose_supervisor(self.job)
+        self._tell("agent_ready", node=self.job.node_rank, launcher=self.job.launcher)
         try:
-            returned = supervise(self, run_rank, self.paths.rank_logs(self.job.node_rank))
+            ended_well = supervise(self, self.paths.rank_logs(self.job.node_rank))
         finally:
             self._events.close()
+        result = read_record(self.paths.result, RankResult) if ended_well and self.paths.result.is_file() else None
         refusal = read_record(self.paths.error, Refusal) if self.paths.error.is_file() else None
         restarts = self._group.restarts if self._group else 0
         return AttemptFacts(
-            returned=returned, refusal=refusal, failures=self.failures, restarts=restarts, last_step=self.last_step()
+            result=result, refusal=refusal, failures=self.failures, restarts=restarts, last_step=self.last_step()
         )
 
     # ---- what the group of ranks asks and tells (launchers.node.Watcher)
@@ -132,6 +130,19 @@ class NodeAgent:
                 continue
 
 
+def choose_supervisor(job: NodeJob) -> Callable[[Watcher, Path], bool]:
+    """What runs the ranks of a node, their output under a folder: whether all of them ended well. Imports torch: while
+    the forkserver imports the rest, where ranks are forks of it.
+    """
+    if job.launcher == "accelerate":
+        from launchers import accelerated
+
+        return accelerated.supervise
+    from launchers import elastic
+
+    return elastic.supervise
+
+
 @contextlib.contextmanager
 def told_if_refused() -> Iterator[None]:
     """A full disk that refuses a line or a heartbeat must not end the ranks, whose own writes may still fit."""
@@ -142,7 +153,7 @@ def told_if_refused() -> Iterator[None]:
 
 
 def prepare_environment() -> None:
-    """Settings that torch elastic reads from the environment. Those of the ranks go through ``run_rank``."""
+    """Settings that torch elastic reads from the environment."""
     # the store that elastic would share keeps stale keys across restarts: gloo then connects to dead ranks and hangs
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # the others are ours

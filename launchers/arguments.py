@@ -11,7 +11,7 @@ from pathlib import Path
 from encdec.command_line import Help, Parser
 from encdec.errors import ConfigError
 from encdec.training.execution import TrainingPhase
-from launchers.launch_options import CONTINUE_BY, DEFAULT_MAX_ATTEMPTS
+from launchers.launch_options import CONTINUE_BY, DEFAULT_MAX_ATTEMPTS, LAUNCHERS
 
 SLURM_TIME = re.compile(r"\d+(:[0-5]?\d){0,2}|\d+-\d{1,2}(:[0-5]?\d){0,2}")
 SBATCH_FLAGS = {
@@ -132,6 +132,12 @@ def add_size(where: argparse._ArgumentGroup) -> None:
     """Flags that say on how many ranks."""
     where.add_argument("--nodes", type=int, default=1, help="nodes")
     where.add_argument("--gpus-per-node", type=int, help="ranks per node, one a GPU (default: infra.num_gpus)")
+    where.add_argument(
+        "--launcher",
+        choices=LAUNCHERS,
+        default="torchrun",
+        help="what starts the ranks of a node: torchrun's elastic agent, or accelerate launch; the run is the same",
+    )
 
 
 def add_continuation(slurm: argparse._ArgumentGroup) -> None:

@@ -23,6 +23,7 @@ from launchers.allocation import (
     read_allocation,
 )
 from launchers.continuation import Continuation, Deadline
+from launchers.launch_options import read_launch_options
 from launchers.node import NodeJob
 from launchers.outcomes import judge
 
@@ -100,6 +101,7 @@ def require_own_code(paths: RunPaths) -> None:
 
 def local_job(run: RunConfig, paths: RunPaths) -> NodeJob:
     """Claim the next attempt for this machine alone."""
+    launcher = read_launch_options(paths).launcher
     number = paths.claim_attempt()
     identify_process(paths.attempt(number).process)
     return NodeJob(
@@ -111,6 +113,7 @@ def local_job(run: RunConfig, paths: RunPaths) -> NodeJob:
         endpoint="localhost:0",
         rendezvous_id=f"{run.name}.{number}",
         max_restarts=MAX_FRUITLESS_RESTARTS,
+        launcher=launcher,
     )
 
 
@@ -127,4 +130,5 @@ def slurm_job(run: RunConfig, paths: RunPaths, seat: Seat, allocation: Allocatio
         max_restarts=MAX_FRUITLESS_RESTARTS,
         address=seat.address,
         interface=seat.interface,
+        launcher=read_launch_options(paths).launcher,
     )

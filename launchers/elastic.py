@@ -1,4 +1,7 @@
-"""Torch elastic with two habits changed: dead groups are killed at once, and restarts are counted by progress."""
+"""Torch elastic with two habits changed: dead groups are killed at once, and restarts are counted by progress.
+
+Ranks and restarted ranks are forks of the forkserver, which has loaded torch and transformers once.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ import logging
 import signal
 import sys
 from pathlib import Path
-from typing import Any
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -14,7 +16,8 @@ from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
 from torch.distributed.elastic.rendezvous import RendezvousParameters, dynamic_rendezvous
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-from launchers.node import RankFunction, Watcher
+from launchers.node import Watcher
+from launchers.rank import run_rank
 
 SECONDS_BETWEEN_LOOKS = 0.02
 UNLIMITED = 2**31 - 1
@@ -99,8 +102,8 @@ def spare_telemetry() -> None:
     dynamic_rendezvous.get_method_name = lambda depth=2: sys._getframe(depth).f_code.co_name
 
 
-def supervise(agent: Watcher, entry: RankFunction, logs: Path) -> dict[str, Any] | None:
-    """Run the ranks of this node, their output under ``logs``; what they returned (each the same), if all returned."""
+def supervise(agent: Watcher, logs: Path) -> bool:
+    """Run the ranks of this node, their output under ``logs``; whether all ended well."""
     job = agent.job
     spare_telemetry()
     rendezvous = RendezvousParameters(
@@ -115,7 +118,7 @@ def supervise(agent: Watcher, entry: RankFunction, logs: Path) -> dict[str, Any]
     spec = WorkerSpec(
         role="rank",
         local_world_size=job.ranks,
-        entrypoint=entry,
+        entrypoint=run_rank,
         args=(job.run_dir, job.attempt, job.interface),
         rdzv_handler=get_rendezvous_handler(rendezvous),
         max_restarts=UNLIMITED,
@@ -127,4 +130,4 @@ def supervise(agent: Watcher, entry: RankFunction, logs: Path) -> dict[str, Any]
         result = supervisor.run()
     finally:
         spec.rdzv_handler.shutdown()
-    return next(iter(result.return_values.values()), None) if not result.is_failed() else None
+    return not result.is_failed()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -30,7 +31,8 @@ class RunPhase:
 def run(run_dir: Path) -> int:
     """This node's part of an attempt; returns its exit code."""
     listen_early()
-    start_forkserver()  # before all else: it loads torch while this process is still loading its own modules
+    if forks_ranks(run_dir):
+        start_forkserver()  # before all else: it loads torch while this process is still loading its own modules
     from encdec.errors import EncdecError
     from encdec.files import RunPaths
     from launchers.attempt import run_attempt
@@ -43,6 +45,15 @@ def run(run_dir: Path) -> int:
     except EncdecError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+
+
+def forks_ranks(run_dir: Path) -> bool:
+    """Whether the ranks will be forks; those of Accelerate are programs. The modules that know launch.json well would
+    take as long to load as the forkserver gains; they judge the file later.
+    """
+    with contextlib.suppress(OSError):
+        return b'"launcher": "accelerate"' not in (run_dir / "launch.json").read_bytes()
+    return True
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,6 +13,8 @@ from encdec.records import read_json_lines, read_record
 
 ContinueBy = Literal["requeue", "successor"]
 CONTINUE_BY: tuple[str, ...] = get_args(ContinueBy)
+Launcher = Literal["torchrun", "accelerate"]
+LAUNCHERS: tuple[str, ...] = get_args(Launcher)
 DEFAULT_MAX_ATTEMPTS = 100
 DEFAULT_LEAD_SECONDS = 120
 MAX_FRUITLESS_ATTEMPTS = 5
@@ -21,8 +23,10 @@ MAX_FRUITLESS_ATTEMPTS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchOptions:
-    """What a job needs to know about its own continuation."""
+    """What a job needs to know about its ranks and its own continuation."""
 
+    launcher: Launcher = "torchrun"
+    """What starts the ranks of a node: torch elastic alone, or accelerate launch."""
     continue_by: ContinueBy = "requeue"
     """requeue: the same job again; successor: a job that waits for the end of this one, queued in advance."""
     max_attempts: int = DEFAULT_MAX_ATTEMPTS
@@ -47,6 +51,7 @@ def launch_options(paths: RunPaths, arguments: Namespace) -> LaunchOptions:
     """The options that the user asks for, with a warning that suits the run's own saves and its time limit."""
     limit = limit_seconds(arguments.sbatch["time"]) if "time" in arguments.sbatch else None
     return LaunchOptions(
+        launcher=arguments.launcher,
         continue_by=arguments.continue_by,
         max_attempts=arguments.max_attempts,
         lead_seconds=lead_seconds(measured_stop_seconds(paths), limit),

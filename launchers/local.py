@@ -20,6 +20,7 @@ from encdec.training.run_config import RunConfig
 from launchers import show
 from launchers.interrupts import Interrupts, held_back
 from launchers.job import RunPhase
+from launchers.launch_options import LaunchOptions
 from launchers.progress import Progress
 from launchers.run_directory import code_environment, note, require_snapshot, why_full
 from launchers.run_status import read_status
@@ -30,7 +31,7 @@ SECONDS_TO_CLAIM = 600.0
 SECONDS_BETWEEN_LOOKS = 0.1
 
 
-def start(paths: RunPaths, run: RunConfig) -> None:
+def start(paths: RunPaths, run: RunConfig, options: LaunchOptions) -> None:
     """Hand ``RunPhase(run_dir)`` to submitit's local executor, and wait until its attempt can be seen.
 
     Raises:
@@ -40,6 +41,7 @@ def start(paths: RunPaths, run: RunConfig) -> None:
     require_snapshot(paths)
     paths.make()
     paths.stop_request.unlink(missing_ok=True)  # a request of last time must not stop this attempt
+    options.write(paths)
     before = paths.newest_attempt()
     note(paths, "submitted", cluster="local")
     executor = submitit.LocalExecutor(folder=paths.submitit)

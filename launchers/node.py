@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
-RankFunction = Callable[[str, int, str], dict[str, Any]]
-"""(run directory, attempt, network interface) -> the facts of the outcome."""
+from launchers.launch_options import Launcher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +26,13 @@ class NodeJob:
     """This node's address as the others see it."""
     interface: str = "lo"
     """Network interface that carries the address."""
+    launcher: Launcher = "torchrun"
+
+
+def network_variables(interface: str) -> dict[str, str]:
+    """Over which interface the ranks' libraries meet. On one node NCCL needs no network."""
+    libraries = ("GLOO",) if interface == "lo" else ("GLOO", "NCCL")
+    return {f"{library}_SOCKET_IFNAME": interface for library in libraries}
 
 
 class RankGroup(Protocol):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
 
 from encdec.errors import ExitCode
-from encdec.records import Outcome, Refusal
+from encdec.records import Outcome, RankResult, Refusal
 from launchers.slurm import Ending
 
 
@@ -15,8 +14,8 @@ from launchers.slurm import Ending
 class AttemptFacts:
     """What an agent knows when its ranks have ended."""
 
-    returned: dict[str, Any] | None
-    """What rank 0 returned, if all ranks returned."""
+    result: RankResult | None
+    """What rank 0 wrote, if all ranks ended well."""
     refusal: Refusal | None
     """What a rank that refused to run wrote."""
     failures: list[str] = field(default_factory=list)
@@ -74,9 +73,9 @@ def judge(facts: AttemptFacts) -> Outcome:
             message=facts.refusal.message,
             restarts=facts.restarts,
         )
-    if facts.returned is not None:
-        returned = dict(facts.returned)
-        return Outcome(exit_code=EXIT_CODE_OF_CAUSE[returned["cause"]], restarts=facts.restarts, **returned)
+    if facts.result is not None:
+        code = EXIT_CODE_OF_CAUSE[facts.result.cause]
+        return Outcome(exit_code=code, restarts=facts.restarts, **facts.result.to_json())
     reason = facts.failures[-1] if facts.failures else "the ranks ended without a result"
     return Outcome(
         cause="crash",

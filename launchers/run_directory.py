@@ -14,8 +14,8 @@ from typing import Any
 
 import encdec
 import launchers
-from encdec.errors import ConfigError, RunDirectoryError
-from encdec.files import RunPaths, atomic_write_json, staged_directory
+from encdec.errors import ConfigError, MissingPrerequisite, RunDirectoryError
+from encdec.files import ACCELERATE_CONFIG, RunPaths, atomic_write_json, staged_directory
 from encdec.records import JsonLinesWriter, event, read_record
 from encdec.training.run_config import RunConfig, require_same_run
 from launchers.plan import Plan
@@ -150,6 +150,21 @@ def require_snapshot(paths: RunPaths) -> None:
         )
 
 
+def require_accelerate_config(paths: RunPaths) -> None:
+    """accelerate launch reads a configuration file, which a run gets with its code.
+
+    Raises:
+        MissingPrerequisite: it is not in the run's snapshot, or where a new run's is made from.
+    """
+    file = (paths.code if paths.code.is_dir() else own_code()) / ACCELERATE_CONFIG
+    if not file.is_file():
+        raise MissingPrerequisite(
+            "accelerate launch needs its configuration file",
+            found=f"no {file}",
+            remedy="Leave --launcher accelerate out, or make a new run from a checkout, which has configs/",
+        )
+
+
 def note(paths: RunPaths, kind: str, **facts: Any) -> None:
     """One line in the run's own ledger (the launcher's; attempts have their own)."""
     with JsonLinesWriter(paths.events) as ledger:
@@ -157,11 +172,16 @@ def note(paths: RunPaths, kind: str, **facts: Any) -> None:
 
 
 def snapshot_code(target: Path) -> None:
-    """Copy the packages as they are now, with the state of their git checkout if they lie in one."""
+    """Copy the packages as they are now, with the state of their git checkout if they lie in one, and Accelerate's
+    configuration if it lies beside them (an installed package has none).
+    """
     for package in SNAPSHOT:
         source = Path(package.__path__[0])
         shutil.copytree(source, target / source.name, ignore=shutil.ignore_patterns("*.tmp"))
-    atomic_write_json(target / "git.json", git_state(Path(encdec.__path__[0]).parent))
+    if (own_code() / ACCELERATE_CONFIG).is_file():
+        (target / ACCELERATE_CONFIG).parent.mkdir()
+        shutil.copy(own_code() / ACCELERATE_CONFIG, target / ACCELERATE_CONFIG)
+    atomic_write_json(target / "git.json", git_state(own_code()))
     atomic_write_json(target / DIGESTS, digests_of(target))
 
 
@@ -169,6 +189,11 @@ def digests_of(code: Path) -> dict[str, str]:
     """SHA-256 of each source file of a snapshot, by its path in it."""
     sources = sorted(path for path in code.rglob("*.py"))
     return {str(path.relative_to(code)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sources}
+
+
+def own_code() -> Path:
+    """The folder that the running packages lie in: a checkout, a snapshot, or where packages are installed."""
+    return Path(encdec.__path__[0]).parent
 
 
 def code_environment(paths: RunPaths) -> dict[str, str]:

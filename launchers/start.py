@@ -10,6 +10,7 @@ from encdec.training.run_config import RunConfig
 from launchers import local, remote, show, watch
 from launchers.interrupts import Interrupts
 from launchers.jobs import live_job
+from launchers.launch_options import launch_options
 from launchers.plan import Plan
 from launchers.run_directory import describe, note
 from launchers.run_status import only_starter, read_status, require_not_elsewhere
@@ -45,7 +46,7 @@ def find_or_start(paths: RunPaths, run: RunConfig, plan: Plan, arguments: Namesp
     describe(paths, run, plan)
     note(paths, "command", text=arguments.command, directory=os.getcwd())
     if plan.cluster == "local":
-        local.start(paths, run)
+        local.start(paths, run, launch_options(paths, arguments))
         return None
     with remote.removed_if_refused(paths, fresh=fresh):
         return remote.start(paths, run, arguments)

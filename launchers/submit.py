@@ -16,7 +16,7 @@ from launchers.cluster import choose_cluster, require_devices, require_text
 from launchers.cluster_file import read_cluster_file
 from launchers.plan import make_plan
 from launchers.remote import job_request
-from launchers.run_directory import choose_directory, find_run, make_or_find, usable
+from launchers.run_directory import choose_directory, find_run, make_or_find, require_accelerate_config, usable
 from launchers.script import require_plain_path, sbatch_text
 from launchers.start import run_phase
 
@@ -48,6 +48,8 @@ def submit(arguments: Namespace) -> int:
         require_plain_path(paths)
     plan = make_plan(run, run_dir=str(paths.root), cluster=cluster, why_cluster=why)
     with usable(paths):
+        if arguments.launcher == "accelerate":
+            require_accelerate_config(paths)
         before = find_run(paths, run) if arguments.dry_run else make_or_find(paths, run, plan)
         if before:
             run = replace(run, name=arguments.name or before.name)

@@ -18,6 +18,7 @@ import encdec
 from encdec import distributed
 from encdec.errors import EncdecError
 from encdec.files import RunPaths, atomic_write_json
+from encdec.records import RankResult
 from encdec.tokenization_qwen3_encdec import Qwen3EncoderDecoderTokenizer
 from encdec.training import sharding, storage
 from encdec.training.build import build_model, build_trainer, prepare_text
@@ -29,8 +30,8 @@ from encdec.training.signals import Requests
 log = logging.getLogger("encdec.train")
 
 
-def run_rank_of_attempt(run_dir: str, attempt: int) -> dict[str, Any]:
-    """Train as one rank of an attempt that the launcher has claimed; the facts of its outcome.
+def run_rank_of_attempt(run_dir: str, attempt: int) -> None:
+    """Train as one rank of an attempt that the launcher has claimed; rank 0 writes result.json when it is done.
 
     An error that is meant for a user is written to the attempt's error.json and ends the process with its exit code.
     """
@@ -38,7 +39,10 @@ def run_rank_of_attempt(run_dir: str, attempt: int) -> dict[str, Any]:
     start_log()
     try:
         run = read_run_config(paths)
-        return run_rank(run, paths, attempt=attempt, expected_world_size=run.world_size)
+        outcome = run_rank(run, paths, attempt=attempt, expected_world_size=run.world_size)
+        if os.environ.get("RANK", "0") == "0":
+            with storage.explained("The run directory must take the result", paths.root):
+                atomic_write_json(paths.attempt(attempt).result, RankResult(**outcome).to_json())
     except EncdecError as error:
         refuse(paths, attempt, error)
 
