@@ -10,7 +10,7 @@ from encdec.files import RunPaths
 from encdec.records import read_json_lines
 from launchers.sandbox.cluster import Sandbox
 from tests.conftest import Lab, losses, wait_for_step
-from tests.slurm.test_submit import Cluster, ledger, outcome
+from tests.slurm.conftest import Cluster, ledger, outcome
 
 pytestmark = pytest.mark.slurm
 
