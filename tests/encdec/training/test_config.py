@@ -84,7 +84,7 @@ def test_yaml_round_trip_loses_nothing(tmp_path_factory, values):
 
 
 def test_text_that_no_path_can_hold_is_refused():
-    with pytest.raises(ConfigError, match="data.packed_dir breaks the rule .*no NUL character"):
+    with pytest.raises(ConfigError, match=r"data\.packed_dir breaks the rule .*no NUL character"):
         FullConfig.from_mapping({"data": {"packed_dir": "a\0b"}}, source="test")
 
 
