@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 from encdec.files import RunPaths
 from launchers.submit import main
-from tests.conftest import MICRO, Lab, wait_for_step
+from tests.conftest import MICRO, Lab, agent_of, wait_for_step
 
 
 def test_same_command_says_complete_and_runs_nothing(lab: Lab, twin: RunPaths):
@@ -59,7 +60,7 @@ def test_run_goes_on_in_another_place(lab: Lab, tmp_path: Path):
     paths = RunPaths(lab.root / "run")
     process = lab.start_submit(paths.root, "--name", "mine")
     wait_for_step(paths, 5)
-    paths.stop_request.touch()
+    agent_of(paths).send_signal(signal.SIGUSR2)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 75, output
     elsewhere = ("--set", f"data.packed_dir={tmp_path / 'elsewhere'}", "--gpus-per-node", "1")

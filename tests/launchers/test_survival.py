@@ -104,7 +104,7 @@ def test_ctrl_c_finishes_the_step_and_saves(lab: Lab):
 
 def test_control_files_save_and_stop(lab: Lab):
     paths = RunPaths(lab.root / "run")
-    no_schedule = ("--set", "training.save_steps=1000")
+    no_schedule = ("--set", "training.save_steps=1000", "--set", "training.num_train_steps=300")
     process = lab.start_submit(paths.root, *no_schedule)
     wait_for_step(paths, 3)
     paths.save_request.touch()
@@ -114,7 +114,7 @@ def test_control_files_save_and_stop(lab: Lab):
     assert process.returncode == 75, output
     saved = [r["step"] for r in read_json_lines(paths.attempt(0).events("rank-0")) if r["event"] == "saved"]
     assert len(saved) == 2  # one asked for by SAVE, one made by STOP
-    assert saved[0] < saved[1] < 60
+    assert saved[0] < saved[1] < 300
     assert outcome(paths)["cause"] == "stop_requested"
     code, output = lab.submit(paths.root, *no_schedule)  # the old request does not stop the new attempt
     assert code == 0, output

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -60,6 +60,7 @@ def test_parts_are_assignable_and_checked_on_assignment():
     assert config.training.learning_rate == 2e-4  # a refused value leaves the old one
 
 
+@settings(deadline=None)
 @given(
     st.fixed_dictionaries(
         {
@@ -67,7 +68,10 @@ def test_parts_are_assignable_and_checked_on_assignment():
                 {"learning_rate": st.floats(1e-9, 10), "seed": st.integers(0, 2**64 - 1), "bf16": st.booleans()}
             ),
             "data": st.fixed_dictionaries(
-                {"text_column": st.text(min_size=1), "max_examples": st.none() | st.integers(1, 9)}
+                {
+                    "text_column": st.text(st.characters(exclude_characters="\0"), min_size=1),
+                    "max_examples": st.none() | st.integers(1, 9),
+                }
             ),
         }
     )
@@ -77,6 +81,11 @@ def test_yaml_round_trip_loses_nothing(tmp_path_factory, values):
     path = tmp_path_factory.mktemp("round") / "config.yaml"
     config.to_yaml(path)
     assert FullConfig.from_yaml(path) == config
+
+
+def test_text_that_no_path_can_hold_is_refused():
+    with pytest.raises(ConfigError, match=r"data\.packed_dir breaks the rule .*no NUL character"):
+        FullConfig.from_mapping({"data": {"packed_dir": "a\0b"}}, source="test")
 
 
 def test_exponent_without_a_dot_is_a_number(tmp_path: Path):
