@@ -178,6 +178,10 @@ class RunPaths:
     def submitit(self) -> Path:
         return self.root / "submitit"
 
+    def batch_host(self, job: str) -> Path:
+        """Written by the first node of a Slurm job: it sees the run directory."""
+        return self.submitit / f"host-{job}"
+
     @property
     def attempts(self) -> Path:
         return self.root / "attempts"

@@ -17,13 +17,16 @@ from pathlib import Path
 import psutil
 
 from encdec.errors import EncdecError
-from encdec.files import RunPaths, atomic_write_json
+from encdec.files import AttemptPaths, RunPaths, atomic_write_json
 from encdec.records import ProcessRecord, read_json_lines, read_record
 from launchers.slurm import expand_nodelist
 
 SECONDS_TO_BE_TOLD = 600.0
 """How long a node waits for the head node to name the attempt; Python may start slowly from cold shared storage."""
 SECONDS_TO_HEAR_THE_END = 60.0
+SECONDS_TO_LEAVE_LAST = 5.0
+SECONDS_TO_EXIT = 0.3
+"""Between a task's last line and the end of its process."""
 SECONDS_BETWEEN_LOOKS = 0.2
 PORTS = range(20000, 30000)
 """Below Linux's ephemeral ports (32768-60999): no outgoing connection takes the port before the rendezvous binds it."""
@@ -161,6 +164,17 @@ def head_exit_code(ledger: Path) -> int | None:
                 return record["exit_code"]
         time.sleep(SECONDS_BETWEEN_LOOKS)
     return None
+
+
+def wait_for_others(attempt: AttemptPaths, nodes: int) -> None:
+    """Leave last, if the other nodes leave soon: with another code than 0 this one would take them along, and the job
+    would end with the code of their death (srun --kill-on-bad-exit).
+    """
+    deadline = time.monotonic() + SECONDS_TO_LEAVE_LAST
+    waited_for = [attempt.events(f"node-{node}") for node in range(1, nodes)]
+    while waited_for and time.monotonic() < deadline:
+        waited_for = [ledger for ledger in waited_for if not any(r["event"] == "left" for r in read_json_lines(ledger))]
+        time.sleep(SECONDS_BETWEEN_LOOKS if waited_for else SECONDS_TO_EXIT)
 
 
 def address_towards(host: str) -> str:

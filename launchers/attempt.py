@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 
 import encdec
-from encdec.errors import RunDirectoryError
+from encdec.errors import ExitCode, RunDirectoryError
 from encdec.files import RunPaths, atomic_write_json
 from encdec.records import JsonLinesWriter, event
 from encdec.training.run_config import RunConfig, read_run_config
@@ -21,6 +21,7 @@ from launchers.allocation import (
     join,
     lead,
     read_allocation,
+    wait_for_others,
 )
 from launchers.continuation import Continuation, Deadline
 from launchers.launch_options import read_launch_options
@@ -68,6 +69,7 @@ def lead_attempt(paths: RunPaths, job: NodeJob, agent: NodeAgent, continuation: 
         ledger.write(
             event("ended", attempt=job.attempt, cause=outcome.cause, exit_code=outcome.exit_code, step=outcome.step)
         )
+    wait_for_others(attempt, job.nodes)
     return outcome.exit_code
 
 
@@ -80,7 +82,11 @@ def follow_attempt(paths: RunPaths, run: RunConfig, allocation: Allocation) -> i
     attempt = paths.attempt(job.attempt)
     outcome = judge(NodeAgent(job, attempt).run())
     code = head_exit_code(attempt.events("node-0"))
-    return outcome.exit_code if code is None else code
+    if code is None:
+        return outcome.exit_code
+    with JsonLinesWriter(attempt.events(f"node-{job.node_rank}")) as ledger:
+        ledger.write(event("left", node=job.node_rank))
+    return ExitCode.COMPLETE  # the head node's code is the job's
 
 
 def require_own_code(paths: RunPaths) -> None:

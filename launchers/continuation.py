@@ -46,6 +46,8 @@ class Continuation:
         """Why no attempt should be claimed, or None; asks Slurm only if another job has run the run before."""
         if read_status(self.paths).complete:
             return Declined("the run is complete", ExitCode.COMPLETE)
+        if self.paths.stop_request.exists():  # a requeue that came after the request
+            return Declined(f"{self.paths.stop_request} asks to stop", ExitCode.COMPLETE)
         reason = why_given_up(self.options, past_attempts(self.paths))
         if reason:
             return Declined(f"given up after {reason}", ExitCode.CRASHED)

@@ -9,7 +9,7 @@ from typing import Any
 
 from submitit.slurm.slurm import _make_sbatch_string
 
-from encdec.errors import ConfigError
+from encdec.errors import ConfigError, ExitCode
 from encdec.files import RunPaths
 from encdec.training.run_config import RunConfig
 from launchers.cluster_file import ClusterFile
@@ -146,7 +146,9 @@ def srun_arguments(request: JobRequest) -> list[str]:
 def setup_lines(request: JobRequest) -> list[str]:
     """Shell lines before srun. The code's snapshot goes before whatever the cluster's own lines put on the path."""
     code = shlex.quote(str(request.paths.code))
+    seen = shlex.quote(str(request.paths.batch_host("")))
     return [
+        f'echo "$HOSTNAME" > {seen}"$SLURM_JOB_ID" || exit {ExitCode.CONFIG_WRONG:d}  # seen here?',
         f"export PYTHONPATH={shlex.quote(request.pythonpath)}",
         *(f"export {name}={shlex.quote(value)}" for name, value in request.cluster.variables.items()),
         *request.cluster.setup,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from encdec.command_line import INTERRUPTED
-from encdec.errors import EncdecError, ExitCode
+from encdec.errors import EncdecError, ExitCode, RunDirectoryError
 from encdec.files import RunPaths
 from encdec.records import Outcome, ProcessRecord, read_record
 from launchers import show, slurm
@@ -14,6 +14,8 @@ from launchers.progress import Progress, make_console
 
 SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_BETWEEN_SQUEUES = 30.0
+SECONDS_TO_BE_SEEN = 90.0
+"""In which the files of a job that runs must show up here; NFS clients keep what they know for a minute."""
 SECONDS_TO_LOOK_AGAIN = 5.0
 """After an end was seen for the first time."""
 
@@ -35,6 +37,12 @@ def follow(paths: RunPaths, *, total_steps: int) -> int:
         show.queued(watch.job, paths)
         return INTERRUPTED
     watch.close()
+    if watch.number is None and watch.unseen:
+        raise RunDirectoryError(
+            "The run directory must be visible on the nodes",
+            found=f"{paths.root}, in which job {watch.job} ({watch.state}) has written nothing",
+            remedy="Choose one on storage that all nodes share, with --run-dir; nothing is left in the queue",
+        )
     if watch.number is None:
         raise EncdecError(
             "A job must live until its attempt begins",
@@ -62,7 +70,10 @@ class Watch:
         self.state = slurm.UNKNOWN
         self._paths, self._total = paths, total_steps
         self._view: Progress | None = None
+        self.unseen = False
+        """Whether the job has run, and its first node has written nothing."""
         self._ends_seen = 0
+        self._running_since: float | None = None
         self._next_squeue = 0.0
 
     def over(self) -> bool:
@@ -73,7 +84,8 @@ class Watch:
             return True
         if time.monotonic() >= self._next_squeue:
             self._look_at_slurm()
-        return self._ends_seen >= LOOKS_TO_BELIEVE_AN_END
+            self._look_for_its_host()
+        return self._ends_seen >= LOOKS_TO_BELIEVE_AN_END or (self.unseen and self.state == "CANCELLED")
 
     def close(self) -> None:
         if self._view:
@@ -102,6 +114,18 @@ class Watch:
         if self.number is None or not self._paths.attempt(self.number).outcome.is_file():
             return None
         return read_record(self._paths.attempt(self.number).outcome, Outcome).exit_code
+
+    def _look_for_its_host(self) -> None:
+        """The first node of a job leaves its name in the run directory; one that cannot is cancelled."""
+        if self.number is not None or self._paths.batch_host(self.job).exists():
+            self.unseen = False
+        elif self.state == "RUNNING":
+            self._running_since = self._running_since or time.monotonic()
+            if time.monotonic() - self._running_since > SECONDS_TO_BE_SEEN:
+                slurm.cancel(self.job)
+                self.unseen, self.state = True, "CANCELLED"
+        elif self.state in slurm.END_STATES:
+            self.unseen = self.state != "CANCELLED"
 
     def _look_at_slurm(self) -> None:
         states = {}

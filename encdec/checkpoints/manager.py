@@ -85,7 +85,7 @@ class CheckpointManager:
         self.output_dir = Path(output_dir)
         self.save_total_limit = save_total_limit
         self.best_metric, self.best_metric_mode = best_metric, best_metric_mode
-        self.attempt, self.run_identity, self._fence = attempt, run_identity, fence
+        self.attempt, self.run_identity, self.fence = attempt, run_identity, fence
         self.rejected: list[str] = []
 
     # ---- save
@@ -146,7 +146,7 @@ class CheckpointManager:
     def _commit(self, temporary: Path, final: Path, manifest: Manifest) -> None:
         write_manifest(temporary, manifest)
         verify_names(temporary, manifest)
-        self._fence()
+        self.fence()
         # the same step again: with metrics that were still owed, or after a resume from further back
         replaced = folders.set_aside(final, "replaced") if final.exists() else None
         os.rename(temporary, final)

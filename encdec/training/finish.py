@@ -64,6 +64,7 @@ def finish(run: RunConfig, paths: RunPaths, result: TrainResult, trainer: Qwen3E
     cause, message = result.cause, result.message
     if cause == "complete" and run.phase:
         evidence = judge_phase(run.phase, result)
+        distributed.on_rank_zero(trainer.checkpoints.fence)  # a node that was cut off may not pass the gate for others
         distributed.on_rank_zero(lambda: write_gate(paths, run.phase, result, evidence))
         failed = [item for item in evidence if not item.passed]
         if failed:

@@ -121,14 +121,25 @@ def test_what_slurm_would_replace_in_a_path_is_refused(path: str):
 def batch(folder: Path, srun: str) -> subprocess.Popen[bytes]:
     """The script of a job by hand, with ``srun`` in place of Slurm's."""
     script, fake = folder / "submit.sbatch", folder / "srun"
-    script.write_text(job_text(by_hand(), "12"))
+    request = replace(by_hand(), paths=RunPaths(folder / "run"))
+    request.paths.submitit.mkdir(parents=True, exist_ok=True)
+    script.write_text(job_text(request, "12"))
     fake.write_text(f"#!/bin/bash\n{srun}\n")
     fake.chmod(0o755)
-    return subprocess.Popen(["bash", str(script)], env={"PATH": f"{folder}:/usr/bin:/bin"}, cwd=folder)
+    return subprocess.Popen(
+        ["bash", str(script)], env={"PATH": f"{folder}:/usr/bin:/bin", "SLURM_JOB_ID": "12"}, cwd=folder
+    )
 
 
 def test_batch_shell_ends_as_its_task(tmp_path: Path):
-    assert batch(tmp_path, "exit 78").wait(10) == 78
+    assert batch(tmp_path, "exit 3").wait(10) == 3
+    assert RunPaths(tmp_path / "run").batch_host("12").is_file()  # by which the launcher knows that nodes see it
+
+
+def test_batch_shell_that_does_not_see_the_run_directory_starts_nothing(tmp_path: Path):
+    script = tmp_path / "submit.sbatch"
+    script.write_text(job_text(replace(by_hand(), paths=RunPaths(tmp_path / "nowhere")), "12"))
+    assert subprocess.run(["bash", str(script)], capture_output=True, check=False).returncode == 78
 
 
 def test_batch_shell_outlives_every_signal_and_waits_for_the_save(tmp_path: Path):
