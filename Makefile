@@ -1,10 +1,11 @@
 # make demo    set up, then train the tiny model here, on two processes, to the end of its first phase
 # make test    set up, then check style, types and floors, then run all tests
 # make check   style, types and floors alone
+# make prove-timeouts   the slow proof: one run on a real Slurm through 200 time-outs (root; most of an hour)
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test slurm-packages check format clean
+.PHONY: install demo test slurm-packages check format clean prove-timeouts
 
 install: .venv/installed
 
@@ -29,6 +30,9 @@ slurm-packages: install
 	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$missing; \
 	fi
+
+prove-timeouts: slurm-packages
+	$(BIN)/python -m benchmarks.timeouts --continuations 200 --early $(or $(EARLY),6)
 
 check: install
 	$(BIN)/ruff check .
