@@ -8,6 +8,7 @@ The launcher gives it an attempt that it has claimed instead: ``--run_dir RUN --
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import signal
 import sys
@@ -161,5 +162,15 @@ def end(message: str, exit_code: int) -> NoReturn:
     os._exit(exit_code)
 
 
+def leave(exit_code: int) -> NoReturn:
+    """End without taking the interpreter apart: a thread of torch's that is still there then aborts the process, after
+    all work is done (seen once in some fifty ends).
+    """
+    atexit._run_exitfuncs()  # data workers end, trackers flush
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.flush()
+    os._exit(exit_code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
