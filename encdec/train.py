@@ -95,9 +95,7 @@ def run_claimed(arguments: argparse.Namespace) -> NoReturn:
         lifeline.die_with_parent(arguments.agent)
         lifeline.listen_to_agent(arguments.agent)
     run_rank_of_attempt(str(arguments.run_dir), arguments.attempt)
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.flush()
-    os._exit(ExitCode.COMPLETE)
+    leave(ExitCode.COMPLETE)
 
 
 def resolve(arguments: argparse.Namespace) -> RunConfig:
