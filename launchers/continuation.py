@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from encdec.errors import ExitCode
 from encdec.files import RunPaths, atomic_write_json
-from encdec.records import ContinuationRecord, JsonLinesWriter, Outcome, event, read_json_lines, read_record
+from encdec.records import ContinuationRecord, JobRecord, JsonLinesWriter, Outcome, event, read_json_lines, read_record
 from launchers import slurm
 from launchers.allocation import Allocation, Declined
 from launchers.launch_options import PastAttempt, read_launch_options, why_given_up
@@ -55,11 +55,16 @@ class Continuation:
         if before is None or before.job == self.allocation.job:
             return None
         state = slurm.job_state(before.job)
-        if before.successor == self.allocation.job and state == "CANCELLED":
+        if state == "CANCELLED" and not self._was_submitted():
             return Declined(f"job {before.job}, which this one was to continue, was cancelled", ExitCode.COMPLETE)
         if before.successor != self.allocation.job and state not in slurm.END_STATES:
             return Declined(f"job {before.job}, which is {state}, runs this run", ExitCode.CONFIG_WRONG)
         return None
+
+    def _was_submitted(self) -> bool:
+        """Whether a person has submitted this job since, and it is no successor."""
+        record = read_record(self.paths.job, JobRecord) if self.paths.job.is_file() else None
+        return record is not None and record.job in (None, self.allocation.job)
 
     def begin(self, ledger: JsonLinesWriter) -> None:
         """This start runs the run now. A successor that waits for an earlier start is not needed any more."""
@@ -89,14 +94,10 @@ class Continuation:
         move = next_move(outcome, stop_signal, ending)
         reason = self._given_up() if move is Move.AGAIN else None
         ledger.write(event("next", move="stop" if reason else move, ending=ending, given_up=reason))
-        if (
-            move is Move.STOP
-            or reason
-            or (move is Move.AGAIN and self.options.continue_by == "requeue" and self._requeue(ledger))
-        ):
+        if move is Move.AGAIN and not reason:
+            self._go_on(ledger)
+        elif move is not Move.LEAVE:
             self._cancel_successor(ledger)
-        elif move is Move.AGAIN and self._successor is None:
-            self._queue_successor(ledger)
 
     # ---- parts
 
@@ -106,6 +107,13 @@ class Continuation:
 
     def _given_up(self) -> str | None:
         return why_given_up(self.options, past_attempts(self.paths))
+
+    def _go_on(self, ledger: JsonLinesWriter) -> None:
+        """Once Slurm has taken the job back the successor is not needed; else it is what goes on."""
+        if self.options.continue_by == "requeue" and self._requeue(ledger):
+            self._cancel_successor(ledger)
+        elif self._successor is None:
+            self._queue_successor(ledger)
 
     def _requeue(self, ledger: JsonLinesWriter) -> bool:
         problem = slurm.requeue(self.allocation.job)
@@ -130,8 +138,9 @@ class Continuation:
             return
         problem = slurm.cancel(self._successor)
         ledger.write(event("successor_cancelled", job=self._successor, detail=problem))
-        self._successor = None
-        self._write()
+        if problem is None:  # after a requeue Slurm may end this process first: the next start of the job cancels it
+            self._successor = None
+            self._write()
 
     def _record(self) -> ContinuationRecord | None:
         file = self.paths.continuation

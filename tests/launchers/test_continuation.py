@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from datetime import datetime
 
 import pytest
 
 from encdec.files import RunPaths, atomic_write_json
-from encdec.records import ContinuationRecord, JobRecord, Outcome
+from encdec.records import ContinuationRecord, JobRecord, JsonLinesWriter, Outcome
 from launchers import slurm
 from launchers.allocation import Allocation
 from launchers.continuation import Continuation, Deadline
@@ -128,6 +129,7 @@ def record(paths: RunPaths, job: str, successor: str | None = None) -> None:
         (("11", "12"), "NODE_FAIL", None),
         (("11", "12"), "PREEMPTED", None),
         (("11", "12"), "CANCELLED", "was cancelled"),
+        (("11", None), "CANCELLED", "was cancelled"),  # a net that could not be taken in any more
         (("11", None), "FAILED", None),  # submitted again by a person
         (("11", None), "RUNNING", "runs this run"),
         (("11", None), "PENDING", "runs this run"),
@@ -140,6 +142,32 @@ def test_a_job_looks_before_it_runs(start: Continuation, play: Play, before, sta
     answer = start.decline()
     assert (answer is None) if declined is None else answer is not None and declined in answer.reason
     assert len(play.calls("squeue")) == (0 if state is None else 1)
+
+
+def test_a_person_may_submit_again_what_was_cancelled(start: Continuation, play: Play):
+    record(start.paths, "11")
+    atomic_write_json(start.paths.job, JobRecord(submission="ab", job="12", submitted=1.0).to_json())
+    play("squeue", "CANCELLED\n")
+    assert start.decline() is None
+
+
+def test_net_that_could_not_be_taken_in_is_not_forgotten(start: Continuation, play: Play):
+    """After a requeue Slurm may end the task before its scancel has run: the job's next start does it."""
+    attempt = start.paths.attempt(start.paths.claim_attempt())
+    warned = Outcome(cause="signalled", exit_code=75, step=9, checkpoint="step-9", message="")
+    record(start.paths, "12", "13")
+    play("scontrol", "JobId=12 JobState=RUNNING Reason=None Restarts=0 EndTime=2099-01-01T00:00:00\n")
+    play("scancel", err="scancel: error: terminated\n", code=1)
+    start._successor = "13"
+    with JsonLinesWriter(attempt.events("node-0")) as ledger:
+        start.end(warned, "SIGUSR2", ledger)
+    assert jobs_of(start.paths) == ["12", "13"]
+    play("scancel")
+    again = Continuation(start.paths, replace(start.allocation, restarts=1, start="12.1.0"))
+    with JsonLinesWriter(attempt.events("node-0")) as ledger:
+        again.begin(ledger)
+    assert play.calls("scancel") == ["13", "13"]
+    assert jobs_of(start.paths) == ["12"]
 
 
 def test_complete_run_is_not_run_again(start: Continuation):
