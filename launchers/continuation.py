@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from encdec.errors import ExitCode
 from encdec.files import RunPaths, atomic_write_json
-from encdec.records import ContinuationRecord, JobRecord, JsonLinesWriter, Outcome, event, read_json_lines, read_record
+from encdec.records import ContinuationRecord, JobRecord, JsonLinesWriter, Outcome, event, read_record, read_steps
 from launchers import slurm
 from launchers.allocation import Allocation, Declined
 from launchers.launch_options import PastAttempt, read_launch_options, why_given_up
@@ -156,7 +156,7 @@ def past_attempts(paths: RunPaths) -> list[PastAttempt]:
     past = []
     for number in paths.attempt_numbers():
         attempt = paths.attempt(number)
-        best = max((int(record["step"]) for record in read_json_lines(attempt.steps)), default=0)
+        best = max((int(record["step"]) for record in read_steps(attempt.steps)), default=0)
         outcome = read_record(attempt.outcome, Outcome) if attempt.outcome.is_file() else None
         past.append(PastAttempt(best, stopped=outcome is not None and outcome.exit_code == ExitCode.CONTINUE_ME))
     return past

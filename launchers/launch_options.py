@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
 from encdec.files import RunPaths, atomic_write_json
-from encdec.records import read_json_lines, read_record
+from encdec.records import read_json_lines, read_record, read_steps
 
 ContinueBy = Literal["requeue", "successor"]
 CONTINUE_BY: tuple[str, ...] = get_args(ContinueBy)
@@ -76,7 +76,7 @@ def measured_stop_seconds(paths: RunPaths) -> float | None:
     """
     attempts = [paths.attempt(number) for number in paths.attempt_numbers()]
     saves = [r["seconds"] for a in attempts for r in read_json_lines(a.events("rank-0")) if r["event"] == "saved"]
-    steps = [r["step_seconds"] for a in attempts for r in read_json_lines(a.steps)]
+    steps = [r["step_seconds"] for a in attempts for r in read_steps(a.steps)]
     return max(steps, default=0.0) + 2 * max(saves) if saves else None
 
 
