@@ -11,6 +11,7 @@ from pathlib import Path
 from encdec.command_line import Help, Parser
 from encdec.errors import ConfigError
 from encdec.training.execution import TrainingPhase
+from encdec.training.run_config import RunConfig, resolve_run
 from launchers.launch_options import CONTINUE_BY, DEFAULT_MAX_ATTEMPTS, LAUNCHERS
 
 SLURM_TIME = re.compile(r"\d+(:[0-5]?\d){0,2}|\d+-\d{1,2}(:[0-5]?\d){0,2}")
@@ -107,6 +108,22 @@ def parse_prepare(argv: list[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     check(arguments)
     return arguments
+
+
+def asked_run(arguments: argparse.Namespace) -> RunConfig:
+    """The run that a parsed command line asks for.
+
+    Raises:
+        ConfigError: any rule of the configuration broken.
+    """
+    return resolve_run(
+        TrainingPhase(arguments.phase),
+        config_file=arguments.config,
+        settings=arguments.set,
+        nodes=arguments.nodes,
+        ranks_per_node=arguments.gpus_per_node,
+        name=arguments.name,
+    )
 
 
 def add_what(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:

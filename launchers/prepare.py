@@ -9,9 +9,7 @@ from argparse import Namespace
 from encdec.command_line import exit_code_of
 from encdec.errors import MissingPrerequisite
 from encdec.files import RunPaths
-from encdec.training.execution import TrainingPhase
-from encdec.training.run_config import resolve_run
-from launchers.arguments import parse_prepare
+from launchers.arguments import asked_run, parse_prepare
 from launchers.cluster import require_text
 from launchers.cluster_file import read_cluster_file
 from launchers.jobs import require_no_other_job
@@ -37,14 +35,7 @@ def prepare(arguments: Namespace) -> int:
             remedy=f"Type sbatch slurm/{arguments.phase}.sbatch",
         )
     arguments.cluster_file = read_cluster_file(arguments.cluster)
-    run = resolve_run(
-        TrainingPhase(arguments.phase),
-        config_file=arguments.config,
-        settings=arguments.set,
-        nodes=arguments.nodes,
-        ranks_per_node=arguments.gpus_per_node,
-        name=arguments.name,
-    )
+    run = asked_run(arguments)
     require_text(run)
     paths = RunPaths(choose_directory(arguments.run_dir, run.name, new=False))
     require_plain_path(paths)

@@ -26,7 +26,7 @@ from launchers import slurm
 from launchers.cluster_file import ClusterFile
 from launchers.interrupts import held_back
 from launchers.job import RunPhase
-from launchers.launch_options import launch_options
+from launchers.launch_options import LaunchOptions, launch_options
 from launchers.run_directory import note, require_snapshot
 from launchers.script import UNKNOWN_SUBMISSION, JobRequest, comment_of, job_text, submitit_parameters
 
@@ -42,10 +42,10 @@ def start(paths: RunPaths, run: RunConfig, arguments: Namespace) -> str:
         ConfigError: sbatch refused; nothing is queued.
         RunDirectoryError: the snapshot of the code is gone.
     """
-    make_ready(paths, arguments)
+    options = make_ready(paths, arguments)
     record = JobRecord(submission=secrets.token_hex(4), job=None, submitted=time.time())
     atomic_write_json(paths.job, record.to_json())
-    request = job_request(paths, run, arguments, submission=record.submission)
+    request = job_request(paths, run, arguments, options, submission=record.submission)
     executor = submitit.SlurmExecutor(folder=paths.submitit, python=request.starter)
     executor.update_parameters(**submitit_parameters(request))
     before = set(paths.submitit.iterdir())
@@ -77,26 +77,33 @@ def enter(paths: RunPaths, run: RunConfig, arguments: Namespace, job: str) -> No
         RunDirectoryError: the snapshot of the code is gone.
     """
     arguments.sbatch = slurm.flags_of(slurm.job_facts(job))
-    make_ready(paths, arguments)
+    options = make_ready(paths, arguments)
     record = JobRecord(submission=secrets.token_hex(4), job=job, submitted=time.time())
-    request = job_request(paths, run, arguments, submission=record.submission)
+    request = job_request(paths, run, arguments, options, submission=record.submission)
     atomic_write_text(paths.sbatch, job_text(request, job))
     atomic_write_json(paths.job, record.to_json())
     note(paths, "submitted", cluster="slurm", job=job)
     slurm.describe(job, f"encdec run {paths.root}")  # a later start of the job finds the run by it
 
 
-def make_ready(paths: RunPaths, arguments: Namespace) -> None:
-    """What was asked of the jobs of last time is over."""
+def make_ready(paths: RunPaths, arguments: Namespace) -> LaunchOptions:
+    """What was asked of the jobs of last time is over; what is asked of the next ones is written down."""
     require_snapshot(paths)
     paths.make()
     paths.stop_request.unlink(missing_ok=True)  # must not stop the next attempt
     paths.continuation.unlink(missing_ok=True)  # its jobs have ended
-    launch_options(paths, arguments).write(paths)
+    options = launch_options(paths, arguments)
+    options.write(paths)
+    return options
 
 
 def job_request(
-    paths: RunPaths, run: RunConfig, arguments: Namespace, *, submission: str = UNKNOWN_SUBMISSION
+    paths: RunPaths,
+    run: RunConfig,
+    arguments: Namespace,
+    options: LaunchOptions,
+    *,
+    submission: str = UNKNOWN_SUBMISSION,
 ) -> JobRequest:
     """What the user asks Slurm for, from here and now."""
     cluster: ClusterFile = arguments.cluster_file
@@ -105,7 +112,7 @@ def job_request(
         run=run,
         cluster=cluster,
         flags=arguments.sbatch,
-        lead_seconds=launch_options(paths, arguments).lead_seconds,
+        lead_seconds=options.lead_seconds,
         submission=submission,
         python=cluster.python or shlex.quote(sys.executable),
         pythonpath=os.environ.get("PYTHONPATH", ""),

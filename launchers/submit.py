@@ -8,12 +8,11 @@ from dataclasses import replace
 
 from encdec.command_line import exit_code_of
 from encdec.files import RunPaths
-from encdec.training.execution import TrainingPhase
-from encdec.training.run_config import resolve_run
 from launchers import show
-from launchers.arguments import parse_submit
+from launchers.arguments import asked_run, parse_submit
 from launchers.cluster import choose_cluster, require_devices, require_text
 from launchers.cluster_file import read_cluster_file
+from launchers.launch_options import launch_options
 from launchers.plan import make_plan
 from launchers.remote import job_request
 from launchers.run_directory import choose_directory, find_run, make_or_find, require_accelerate_config, usable
@@ -29,14 +28,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def submit(arguments: Namespace) -> int:
     """Everything that can be refused is refused before anything is written."""
-    run = resolve_run(
-        TrainingPhase(arguments.phase),
-        config_file=arguments.config,
-        settings=arguments.set,
-        nodes=arguments.nodes,
-        ranks_per_node=arguments.gpus_per_node,
-        name=arguments.name,
-    )
+    run = asked_run(arguments)
     arguments.cluster_file = read_cluster_file(arguments.cluster)
     arguments.sbatch = {**arguments.cluster_file.flags, **arguments.sbatch}
     cluster, why = choose_cluster(arguments.cluster, run)
@@ -57,7 +49,7 @@ def submit(arguments: Namespace) -> int:
         if not arguments.dry_run:
             return run_phase(paths, run, plan, arguments, fresh=before is None)
         if cluster == "slurm":
-            show.script(sbatch_text(job_request(paths, run, arguments)))
+            show.script(sbatch_text(job_request(paths, run, arguments, launch_options(paths, arguments))))
         return 0
 
 

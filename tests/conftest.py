@@ -97,6 +97,23 @@ def twin_digest(twin: RunPaths, session_folder: Path) -> str:
     return Lab(session_folder, session_folder / "packed").digest(twin.checkpoints / "step-60")
 
 
+@pytest.fixture
+def mounts() -> Iterator[Callable[..., None]]:
+    """mount(*words): a real mount, undone after the test."""
+    done: list[str] = []
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+
+    def mount(*words: str) -> None:
+        subprocess.run(["mount", *words], check=True)
+        if words[-1] not in done:
+            done.append(words[-1])
+
+    yield mount
+    for target in reversed(done):
+        subprocess.run(["umount", "--lazy", target], check=True)
+
+
 def losses(paths: RunPaths) -> dict[int, float]:
     """Loss by step, over all attempts; the newest record of a step counts."""
     numbers = paths.attempt_numbers()

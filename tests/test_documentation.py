@@ -67,5 +67,5 @@ def test_command_line_surface_is_frozen():
     flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", done.stdout))
     assert flags >= {
         "--phase", "--config", "--set", "--name", "--run-dir", "--resume", "--cluster", "--nodes", "--gpus-per-node",
-        "--dry-run", "--wait", "--no-wait",
+        "--dry-run", "--wait", "--no-wait", "--launcher", "--continue-by", "--max-attempts",
     }  # fmt: skip

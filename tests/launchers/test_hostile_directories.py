@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -35,23 +35,6 @@ def ended(lab: Lab, twin: RunPaths) -> RunPaths:
     """A copy of the twin, to be ill-treated."""
     shutil.copytree(twin.root, lab.root / "run", symlinks=True)
     return RunPaths(lab.root / "run")
-
-
-@pytest.fixture
-def mounts() -> Iterator[Callable[..., None]]:
-    """mount(*words): a real mount, undone after the test."""
-    done: list[str] = []
-    if os.geteuid() != 0:
-        pytest.skip("mounting needs root")
-
-    def mount(*words: str) -> None:
-        subprocess.run(["mount", *words], check=True)
-        if words[-1] not in done:
-            done.append(words[-1])
-
-    yield mount
-    for target in reversed(done):
-        subprocess.run(["umount", "--lazy", target], check=True)
 
 
 DAMAGES = [

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -39,18 +39,18 @@ def test_error_of_another_kind_stays_what_it_is(tmp_path: Path):
         raise ProcessLookupError(errno.ESRCH, "no such process")
 
 
-def test_run_on_a_full_disk_says_so_and_continues_when_there_is_room(lab: Lab, twin: RunPaths, tmp_path: Path):
+def test_run_on_a_full_disk_says_so_and_continues_when_there_is_room(
+    lab: Lab, twin: RunPaths, tmp_path: Path, mounts: Callable[..., None]
+):
     disk = tmp_path / "disk"
     disk.mkdir()
     code = sum(512 * path.stat().st_blocks for path in twin.code.rglob("*"))
-    grow = mount_small_disk(disk, code + ROOM_BESIDE_THE_CODE)
+    room = code + ROOM_BESIDE_THE_CODE  # for a run directory, not for its first checkpoint
+    mounts("-t", "tmpfs", "-o", f"size={room}", "tmpfs", str(disk))
     paths = RunPaths(disk / "run")
-    try:
-        require_told(paths, FULL, *lab.submit(paths.root))
-        grow()
-        require_continued(paths, twin, *lab.submit(paths.root))
-    finally:
-        unmount(disk)
+    require_told(paths, FULL, *lab.submit(paths.root))
+    mounts("-o", f"remount,size={100 * room}", str(disk))
+    require_continued(paths, twin, *lab.submit(paths.root))
 
 
 def test_run_under_a_limit_of_file_size_says_so_and_continues_without(lab: Lab, twin: RunPaths, tmp_path: Path):
@@ -75,23 +75,6 @@ def require_told(paths: RunPaths, reason: str, code: int, output: str) -> None:
 def require_continued(paths: RunPaths, twin: RunPaths, code: int, output: str) -> None:
     assert code == 0, output
     assert losses(paths) == losses(twin)
-
-
-def mount_small_disk(folder: Path, size: int):
-    """A tmpfs that holds a run directory but not its first checkpoint; the result makes it large."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    remount = 32  # MS_REMOUNT
-
-    def mount(flags: int, size: int) -> None:
-        if libc.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", flags, f"size={size}".encode()):
-            pytest.skip(f"mounting a small disk needs root ({os.strerror(ctypes.get_errno())})")
-
-    mount(0, size)
-    return lambda: mount(remount, 100 * size)
-
-
-def unmount(folder: Path) -> None:
-    ctypes.CDLL(None).umount2(os.fsencode(folder), 2)  # MNT_DETACH
 
 
 REFUSE = """
