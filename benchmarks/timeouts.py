@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import shutil
 import sys
 import time
 from collections import Counter
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--continuations", type=int, default=200, help="warnings in all (default: 200)")
     parser.add_argument("--early", type=float, default=60, help="latest moment of the warning, s (default: 60)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
-    parser.add_argument("--keep", type=Path, help="move the run directory here at the end")
+    parser.add_argument("--keep", type=Path, help="move the run directory and the cluster's logs here at the end")
     arguments = parser.parse_args(argv)
     moments, done, broken = random.Random(arguments.seed), 0, ""
     began = time.monotonic()
@@ -77,7 +78,8 @@ def main(argv: list[str] | None = None) -> int:
         wait_until(lambda: job.paths.attempt(job.paths.attempt_numbers()[-1]).outcome.is_file(), "the stop")
         counts = Counter(record["step"] for record in job.steps())
         if arguments.keep:
-            (folder / "run").rename(arguments.keep)
+            shutil.copytree(sandbox.layout.log, arguments.keep / "log")
+            shutil.move(folder / "run", arguments.keep / "run")
     last = max(counts)
     lost = last - len(counts)
     twice = sum(count - 1 for count in counts.values())

@@ -45,6 +45,7 @@ def run_attempt(paths: RunPaths) -> int:
     continuation = Continuation(paths, allocation)
     declined = continuation.decline()
     if declined:
+        continuation.leave()
         decline(allocation, paths, declined)
         return declined.exit_code
     job = slurm_job(run, paths, lead(allocation, paths), allocation)

@@ -1,8 +1,9 @@
 """What follows one start of a Slurm job: nothing, the same job again, or its successor. Its head task decides.
 
 A successor is a job that waits for the end of this one (``--dependency=afterany``), however it ends. By requeue it is
-only the net: queued when the warning comes, cancelled when Slurm has taken the job back, there if the save is slower
-than the warning or requeueing is forbidden. It looks before it runs: after a user's scancel it does nothing.
+only the net: queued when the warning comes, there if the save is slower than the warning, if requeueing is forbidden,
+or if the requeued job ends before it has run anything. The job's next start, once it runs, takes it in. A successor
+looks before it runs: after a user's scancel it does nothing.
 """
 
 from __future__ import annotations
@@ -66,14 +67,23 @@ class Continuation:
         record = read_record(self.paths.job, JobRecord) if self.paths.job.is_file() else None
         return record is not None and record.job in (None, self.allocation.job)
 
-    def begin(self, ledger: JsonLinesWriter) -> None:
-        """This start runs the run now. A successor that waits for an earlier start is not needed any more."""
+    def leave(self) -> None:
+        """This start runs nothing, and nothing is to follow it: what waits for the end of this job is not needed."""
         before = self._record()
-        if before and before.successor and before.successor != self.allocation.job:
+        if before and before.job == self.allocation.job and before.successor and slurm.cancel(before.successor) is None:
+            self._write()
+
+    def begin(self, ledger: JsonLinesWriter) -> None:
+        """This start runs the run now. The successor of an earlier start is not needed any more, unless it is this
+        job's, too, and wanted in advance: it has aged in the queue.
+        """
+        before, in_advance = self._record(), self.options.continue_by == "successor"
+        if before and before.successor != self.allocation.job:
             self._successor = before.successor
+        if before and not (in_advance and before.job == self.allocation.job):
             self._cancel_successor(ledger)
         self._write()
-        if self.options.continue_by == "successor":
+        if in_advance and self._successor is None:
             self._queue_successor(ledger)
 
     # ---- when it is warned
@@ -109,10 +119,11 @@ class Continuation:
         return why_given_up(self.options, past_attempts(self.paths))
 
     def _go_on(self, ledger: JsonLinesWriter) -> None:
-        """Once Slurm has taken the job back the successor is not needed; else it is what goes on."""
-        if self.options.continue_by == "requeue" and self._requeue(ledger):
-            self._cancel_successor(ledger)
-        elif self._successor is None:
+        """By requeue or successor; one that waits already stays even if Slurm has taken the job back: a job that it
+        starts again can end before it has run anything, and then nothing else would go on.
+        """
+        requeued = self.options.continue_by == "requeue" and self._requeue(ledger)
+        if not requeued and self._successor is None:
             self._queue_successor(ledger)
 
     def _requeue(self, ledger: JsonLinesWriter) -> bool:
@@ -138,7 +149,7 @@ class Continuation:
             return
         problem = slurm.cancel(self._successor)
         ledger.write(event("successor_cancelled", job=self._successor, detail=problem))
-        if problem is None:  # after a requeue Slurm may end this process first: the next start of the job cancels it
+        if problem is None:
             self._successor = None
             self._write()
 

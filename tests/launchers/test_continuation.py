@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 
@@ -151,23 +152,63 @@ def test_a_person_may_submit_again_what_was_cancelled(start: Continuation, play:
     assert start.decline() is None
 
 
-def test_net_that_could_not_be_taken_in_is_not_forgotten(start: Continuation, play: Play):
-    """After a requeue Slurm may end the task before its scancel has run: the job's next start does it."""
+@pytest.fixture
+def requeued(start: Continuation, play: Play) -> Callable[[], Continuation]:
+    """Job 12 was warned, has saved, and was requeued, while job 13 waits for its end; makes its next start."""
     attempt = start.paths.attempt(start.paths.claim_attempt())
     warned = Outcome(cause="signalled", exit_code=75, step=9, checkpoint="step-9", message="")
     record(start.paths, "12", "13")
-    play("scontrol", "JobId=12 JobState=RUNNING Reason=None Restarts=0 EndTime=2099-01-01T00:00:00\n")
-    play("scancel", err="scancel: error: terminated\n", code=1)
     start._successor = "13"
+    play("scontrol", "JobId=12 JobState=RUNNING Reason=None Restarts=0 EndTime=2099-01-01T00:00:00\n")
+    play("scancel")
     with JsonLinesWriter(attempt.events("node-0")) as ledger:
         start.end(warned, "SIGUSR2", ledger)
-    assert jobs_of(start.paths) == ["12", "13"]
-    play("scancel")
-    again = Continuation(start.paths, replace(start.allocation, restarts=1, start="12.1.0"))
+    return lambda: Continuation(start.paths, replace(start.allocation, restarts=1, start="12.1.0"))
+
+
+def test_net_stays_until_the_requeued_job_runs(start: Continuation, requeued, play: Play):
+    """A job that Slurm starts again may end before it has run anything."""
+    assert "requeue 12" in play.calls("scontrol")
+    assert play.calls("scancel") == [] and jobs_of(start.paths) == ["12", "13"]
+    play("scancel", err="scancel: error: slurm_kill_job2 failed\n", code=1)
+    attempt = start.paths.attempt(start.paths.claim_attempt())
     with JsonLinesWriter(attempt.events("node-0")) as ledger:
-        again.begin(ledger)
+        requeued().begin(ledger)
+    assert jobs_of(start.paths) == ["12", "13"]  # one that could not be cancelled is not forgotten
+    play("scancel")
+    with JsonLinesWriter(attempt.events("node-0")) as ledger:
+        requeued().begin(ledger)
     assert play.calls("scancel") == ["13", "13"]
     assert jobs_of(start.paths) == ["12"]
+
+
+def test_net_is_taken_in_by_a_start_that_runs_nothing(start: Continuation, requeued, play: Play):
+    start.paths.stop_request.touch()
+    again = requeued()
+    assert again.decline() is not None
+    again.leave()
+    assert play.calls("scancel") == ["13"]
+    assert jobs_of(start.paths) == ["12"]
+
+
+def test_job_that_may_not_run_leaves_the_successor_of_another_alone(start: Continuation, play: Play):
+    record(start.paths, "11", "14")
+    play("squeue", "RUNNING\n")
+    play("scancel")
+    assert start.decline() is not None
+    start.leave()
+    assert play.calls("scancel") == [] and jobs_of(start.paths) == ["11", "14"]
+
+
+def test_successor_queued_in_advance_keeps_its_place_over_a_requeue(start: Continuation, requeued, play: Play):
+    """A lost node has the job started again: its successor has aged in the queue."""
+    LaunchOptions(continue_by="successor").write(start.paths)
+    play("sbatch", "15\n")
+    attempt = start.paths.attempt(start.paths.claim_attempt())
+    with JsonLinesWriter(attempt.events("node-0")) as ledger:
+        requeued().begin(ledger)
+    assert play.calls("scancel") == [] and play.calls("sbatch") == []
+    assert jobs_of(start.paths) == ["12", "13"]
 
 
 def test_complete_run_is_not_run_again(start: Continuation):

@@ -86,6 +86,22 @@ def test_two_time_outs_lose_no_step(submit, twin: RunPaths, twin_digest: str):
     run.eventually(lambda: run.cluster.history(run.job) == ["REQUEUED", "REQUEUED", "COMPLETED"], 10)
 
 
+def test_requeued_job_that_dies_before_it_runs_is_continued_all_the_same(submit, twin: RunPaths, twin_digest: str):
+    """A node that cannot start it, a lost mount, a script cut off: the successor that was the net is still there."""
+    run = submit()
+    wait_for_step(run.paths, 10)
+    host = run.paths.batch_host(run.job)
+    host.unlink()
+    host.mkdir()  # the job's script cannot write there and leaves, before Python
+    run.warn()
+    run.lift_hold()
+    run.eventually(lambda: run.cluster.history(run.job) == ["REQUEUED", "FAILED"], 60)
+    run.ends_like(twin, twin_digest)
+    assert [step for steps in run.steps() for step in steps] == list(range(1, 61))
+    [queued] = run.events("successor_queued")
+    assert json.loads(run.paths.attempt(1).process.read_text())["job"] == queued["job"]
+
+
 def test_successor_goes_on_where_its_predecessor_stopped(submit, twin: RunPaths, twin_digest: str):
     run = submit("--continue-by", "successor")
     wait_for_step(run.paths, 10)
