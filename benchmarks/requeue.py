@@ -22,7 +22,7 @@ from benchmarks.peers import percentile
 from benchmarks.slurm_peers import PEERS, SECONDS_BETWEEN_LOOKS, SlurmJob, markdown, new_sandbox, submit, wait_until
 from encdec.records import read_json_lines
 from launchers.sandbox.cluster import Sandbox
-from launchers.slurm import END_STATES
+from launchers.slurm import END_STATES, SOON
 
 STEPS_BEFORE_WARNING = 20
 SAVE_STEPS = "training.save_steps=1000"  # so a save before the warning does not shorten the one after it
@@ -91,7 +91,7 @@ def job_goes_on(job: SlurmJob, played: Round) -> bool:
         played.moments["pending"] = time.time()
         queued, start = job.sandbox.run("squeue", "-h", "-j", job.job, "-o", "%V %S").split()
         played.hold_off = (datetime.fromisoformat(start) - datetime.fromisoformat(queued)).total_seconds()
-        job.sandbox.run("scontrol", "update", f"jobid={job.job}", "starttime=now")
+        job.sandbox.run("scontrol", "update", f"jobid={job.job}", f"starttime={SOON}")
     elif state == "RUNNING" and "pending" in played.moments:
         played.moments["running"] = time.time()
     played.ended = state if state in END_STATES else ""

@@ -4,12 +4,15 @@
 
 Needs root: it brings up a sandbox of one node, and takes it down. Only the moment of the warning is drawn: Slurm's may
 come up to a minute early, so here it comes 0 to ``--early`` seconds after the attempt's first step. The hold-off before
-a requeued job starts again is lifted. At the end every step must have been computed, and once.
+a requeued job starts again is lifted at once, without the two seconds that Slurm needs: now and then it makes the new
+start FAILED before it runs anything, and the successor that is the net has to go on. At the end every step must have
+been computed, and once.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import shutil
 import sys
@@ -21,7 +24,7 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.slurm_peers import SlurmJob, markdown, new_sandbox, submit, wait_until
-from encdec.records import read_json_lines
+from encdec.records import ProcessRecord, read_json_lines, read_record
 from launchers.jobs import jobs_of
 
 PATIENCE_SECONDS = 120.0
@@ -54,6 +57,13 @@ def warn(job: SlurmJob, attempt: int) -> None:
     wait_until(goes_on, f"attempt {attempt + 1} has done a step", PATIENCE_SECONDS)
 
 
+def times_by_net(job: SlurmJob) -> int:
+    """How often a requeued job ended before it ran anything, and its successor went on."""
+    attempts = map(job.paths.attempt, job.paths.attempt_numbers())
+    ran = [read_record(attempt.process, ProcessRecord).job for attempt in attempts]
+    return sum(before != after for before, after in itertools.pairwise(ran))
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--continuations", type=int, default=200, help="warnings in all (default: 200)")
@@ -77,6 +87,7 @@ def main(argv: list[str] | None = None) -> int:
         job.paths.stop_request.touch()
         wait_until(lambda: job.paths.attempt(job.paths.attempt_numbers()[-1]).outcome.is_file(), "the stop")
         counts = Counter(record["step"] for record in job.steps())
+        by_net = times_by_net(job)
         if arguments.keep:
             shutil.copytree(sandbox.layout.log, arguments.keep / "log")
             shutil.move(folder / "run", arguments.keep / "run")
@@ -85,6 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     twice = sum(count - 1 for count in counts.values())
     rows = [
         ["continuations", f"{done} of {arguments.continuations}"],
+        ["of these by the net", str(by_net)],
         ["chains broken", f"1: {broken}" if broken else "0"],
         ["steps computed", f"{last:,}"],
         ["steps lost", str(lost)],

@@ -26,6 +26,11 @@ SECONDS_BETWEEN_REQUEUE_TRIES = 5.0
 until it is back or the job's time is up.
 """
 
+SOON = "now+2"
+"""The start time that lifts a hold-off. A node refuses a start whose credential was made in the same second as the kill
+of the job's start before, and Slurm then calls the job FAILED ("Job credential revoked").
+"""
+
 KEPT = frozenset({"SLURM_CONF", "SLURM_JWT", "SLURM_CLUSTERS"})
 """Which cluster, and as whom: not facts of the job that this shell may be part of."""
 
@@ -295,8 +300,10 @@ def warn(job: str) -> str | None:
 
 
 def start_now(job: str, *, held: bool) -> str | None:
-    """Lift the hold-off of a job that waits, and its user's hold; None if it worked, else why not."""
-    for command in ([("release", job)] if held else []) + [("update", f"jobid={job}", "StartTime=now")]:
+    """Lift the hold-off of a job that waits, and its user's hold; None if it worked, else why not. Slurm then starts it
+    after two seconds, when there is room.
+    """
+    for command in ([("release", job)] if held else []) + [("update", f"jobid={job}", f"StartTime={SOON}")]:
         answer = ask("scontrol", *command)
         if not answer.ok:
             return answer.problem

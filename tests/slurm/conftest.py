@@ -19,6 +19,7 @@ from encdec.records import read_json_lines
 from launchers.sandbox import preflight
 from launchers.sandbox.cluster import Sandbox
 from launchers.sandbox.layout import Shape
+from launchers.slurm import SOON
 from tests.conftest import Lab
 
 
@@ -76,6 +77,11 @@ def eventually() -> Callable[..., None]:
             time.sleep(0.2)
 
     return wait
+
+
+def lift_hold(sandbox: Sandbox, job: str) -> None:
+    """Spare a requeued job its hold-off."""
+    sandbox.run("scontrol", "update", f"jobid={job}", f"starttime={SOON}")
 
 
 @dataclass

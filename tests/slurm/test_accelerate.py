@@ -10,7 +10,7 @@ from encdec.files import RunPaths
 from encdec.records import read_json_lines
 from launchers.sandbox.cluster import Sandbox
 from tests.conftest import Lab, losses, wait_for_step
-from tests.slurm.conftest import Cluster, ledger, outcome
+from tests.slurm.conftest import Cluster, ledger, lift_hold, outcome
 
 pytestmark = pytest.mark.slurm
 
@@ -44,7 +44,7 @@ def test_warned_job_requeues_under_accelerate_and_computes_no_step_twice(
     wait_for_step(paths, 10)
     cluster.sandbox.run("scancel", "--signal=USR2", job)
     eventually(lambda: cluster.sandbox.run("squeue", "-h", "-j", job, "-o", "%T") == "PENDING\n", 20)
-    cluster.sandbox.run("scontrol", "update", f"jobid={job}", "starttime=now")  # spares the hold-off
+    lift_hold(cluster.sandbox, job)
     code, output = cluster.submit(paths, "--wait")  # follows the job, which goes on as it was submitted
     assert code == 0, output
     ended = outcome(paths)

@@ -16,7 +16,7 @@ import pytest
 from encdec.files import RunPaths
 from encdec.records import ContinuationRecord, read_json_lines, read_record
 from tests.conftest import losses, wait_for_step, wait_until
-from tests.slurm.conftest import Cluster, ledger, outcome
+from tests.slurm.conftest import Cluster, ledger, lift_hold, outcome
 
 pytestmark = pytest.mark.slurm
 Eventually = Callable[..., None]
@@ -48,7 +48,7 @@ class Run:
     def lift_hold(self) -> None:
         """Slurm holds a requeued job back for a while."""
         self.eventually(lambda: self.state(self.job) == "PENDING", 60)
-        self.slurm("scontrol", "update", f"jobid={self.job}", "starttime=now")
+        lift_hold(self.cluster.sandbox, self.job)
 
     def events(self, kind: str, attempt: int = 0) -> list[dict]:
         return ledger(self.paths.attempt(attempt).events("node-0"), kind)

@@ -16,6 +16,7 @@ from launchers.sandbox import preflight, render
 from launchers.sandbox.__main__ import main
 from launchers.sandbox.cluster import Sandbox
 from launchers.sandbox.layout import Blueprint, Layout, Shape
+from tests.slurm.conftest import lift_hold
 
 slurm = pytest.mark.slurm
 FOREVER = "--time=10"
@@ -29,7 +30,7 @@ def submit(sandbox: Sandbox, *argv: str, user: str | None = None) -> str:
 def start_again(sandbox: Sandbox, job: str, eventually: Callable[..., None]) -> None:
     """Wait until Slurm has requeued a job after its node failed, and spare it the hold-off."""
     eventually(lambda: history(sandbox, job) == ["NODE_FAIL", "PENDING"])
-    sandbox.run("scontrol", "update", f"jobid={job}", "starttime=now")
+    lift_hold(sandbox, job)
 
 
 def history(sandbox: Sandbox, job: str) -> list[str]:

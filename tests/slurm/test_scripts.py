@@ -16,6 +16,7 @@ from encdec.records import read_json_lines
 from launchers.sandbox.cluster import Sandbox
 from launchers.script import UNKNOWN_SUBMISSION
 from tests.conftest import MICRO, PATIENCE_SECONDS, REPOSITORY, Lab, losses, wait_for_step
+from tests.slurm.conftest import lift_hold
 
 pytestmark = pytest.mark.slurm
 SCRIPT = "slurm/sanity_check.sbatch"
@@ -129,7 +130,7 @@ def test_warned_job_goes_on_with_its_own_run_whatever_becomes_of_the_checkout(
     hand.config.write_text("another: configuration")
     hand.sandbox.run("scancel", "--signal=USR2", job)
     eventually(lambda: hand.sandbox.run("squeue", "-h", "-j", job, "-o", "%T") == "PENDING\n", 20)
-    hand.sandbox.run("scontrol", "update", f"jobid={job}", "starttime=now")  # spares the hold-off
+    lift_hold(hand.sandbox, job)
     code, output = hand.submit("--wait")  # finds the job and follows it
     assert code == 0, output
     assert f"job {job} is this run's already" in output

@@ -10,7 +10,7 @@ import pytest
 from encdec.files import RunPaths
 from encdec.records import read_json_lines
 from tests.conftest import losses, wait_for_step
-from tests.slurm.conftest import Cluster, ledger, outcome
+from tests.slurm.conftest import Cluster, ledger, lift_hold, outcome
 
 pytestmark = pytest.mark.slurm
 
@@ -46,7 +46,7 @@ def test_warned_job_saves_requeues_and_computes_no_step_twice(
     wait_for_step(paths, 10)
     cluster.sandbox.run("scancel", "--signal=USR2", job)
     eventually(lambda: cluster.sandbox.run("squeue", "-h", "-j", job, "-o", "%T") == "PENDING\n", 20)
-    cluster.sandbox.run("scontrol", "update", f"jobid={job}", "starttime=now")  # spares the hold-off
+    lift_hold(cluster.sandbox, job)
     code, output = cluster.submit(paths, "--wait")  # the same command finds the job and follows it
     assert code == 0, output
     assert f"job {job} is this run's already" in output
