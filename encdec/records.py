@@ -49,6 +49,14 @@ class JsonLinesWriter:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._torn = False
 
+    def sync(self) -> None:
+        """Have other machines see what was written, where the file lies on a network.
+
+        Raises:
+            OSError: storage did not take it.
+        """
+        os.fsync(self._descriptor)
+
     def close(self) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)
@@ -170,7 +178,7 @@ class Outcome:
     """How an attempt ended: ``attempts/<n>/outcome.json``."""
 
     cause: str
-    """complete | signalled | stop_requested | gate | refused | crash"""
+    """complete | signalled | stop_requested | gate | refused | crash | bad_node"""
     exit_code: int
     step: int
     """Last step done."""
@@ -186,6 +194,8 @@ class Outcome:
     """Mean over the phase's first steps, nats."""
     last_loss: float | None = None
     """Mean over the last steps, nats."""
+    bad_node: str | None = None
+    """The node on which a rank died first again and again."""
     time: float = field(default_factory=time.time)
 
     def to_json(self) -> dict[str, Any]:
@@ -260,6 +270,8 @@ class ContinuationRecord:
 
     job: str
     successor: str | None = None
+    excluded: str | None = None
+    """Nodes that later jobs of the run keep away from, as sbatch's --exclude takes them."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -20,6 +20,7 @@ from typing import Any
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.launcher import api as torch_launcher
 
 from encdec.files import RunPaths
@@ -58,7 +59,7 @@ def supervise(agent: Watcher, logs: Path) -> bool:
     print("accelerate launch", shlex.join(words), file=sys.stderr, flush=True)
     try:
         launch_command(launch_command_parser().parse_args(words))
-    except ChildFailedError:
+    except (ChildFailedError, RendezvousError):
         return False
     return True
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import encdec
@@ -62,7 +63,10 @@ def lead_attempt(paths: RunPaths, job: NodeJob, agent: NodeAgent, continuation: 
     the other nodes wait.
     """
     attempt = paths.attempt(job.attempt)
-    outcome = judge(agent.run())
+    facts = agent.run()
+    if continuation and facts.result is None and facts.refusal is None:
+        facts = replace(facts, bad_node=continuation.bad_node(attempt))
+    outcome = judge(facts)
     atomic_write_json(attempt.outcome, outcome.to_json())
     with JsonLinesWriter(attempt.events("node-0")) as ledger:
         if continuation:

@@ -14,12 +14,21 @@ import time
 from dataclasses import dataclass, field
 
 from encdec.errors import ExitCode
-from encdec.files import RunPaths, atomic_write_json
-from encdec.records import ContinuationRecord, JobRecord, JsonLinesWriter, Outcome, event, read_record, read_steps
+from encdec.files import AttemptPaths, RunPaths, atomic_write_json
+from encdec.records import (
+    ContinuationRecord,
+    JobRecord,
+    JsonLinesWriter,
+    Outcome,
+    event,
+    read_json_lines,
+    read_record,
+    read_steps,
+)
 from launchers import slurm
 from launchers.allocation import Allocation, Declined
 from launchers.launch_options import PastAttempt, read_launch_options, why_given_up
-from launchers.outcomes import Move, next_move
+from launchers.outcomes import Move, next_move, node_to_blame
 from launchers.run_status import read_status
 
 SECONDS_BETWEEN_DEADLINE_LOOKS = 1.0
@@ -37,6 +46,7 @@ class Continuation:
     paths: RunPaths
     allocation: Allocation
     _successor: str | None = field(default=None, init=False)
+    _excluded: str | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.options = read_launch_options(self.paths)
@@ -71,6 +81,7 @@ class Continuation:
         """This start runs nothing, and nothing is to follow it: what waits for the end of this job is not needed."""
         before = self._record()
         if before and before.job == self.allocation.job and before.successor and slurm.cancel(before.successor) is None:
+            self._excluded = before.excluded
             self._write()
 
     def begin(self, ledger: JsonLinesWriter) -> None:
@@ -78,6 +89,7 @@ class Continuation:
         job's, too, and wanted in advance: it has aged in the queue.
         """
         before, in_advance = self._record(), self.options.continue_by == "successor"
+        self._excluded = before.excluded if before else None
         if before and before.successor != self.allocation.job:
             self._successor = before.successor
         if before and not (in_advance and before.job == self.allocation.job):
@@ -97,15 +109,28 @@ class Continuation:
 
     # ---- after its outcome
 
+    def bad_node(self, attempt: AttemptPaths) -> str | None:
+        """Name of the node on which ranks died first again and again, or None."""
+        nodes = range(self.allocation.nodes if self.allocation.nodes > 1 else 0)
+        ledgers = [list(read_json_lines(attempt.events(f"node-{node}"))) for node in nodes]
+        deaths = [(r["time"], node) for node in nodes for r in ledgers[node] if r["event"] == "rank_failed"]
+        restarts = [r["time"] for ledger in ledgers[:1] for r in ledger if r["event"] == "restarting"]
+        guilty = node_to_blame(deaths, restarts)
+        return None if guilty is None else slurm.expand_nodelist(self.allocation.nodelist)[guilty]
+
     def end(self, outcome: Outcome, stop_signal: str | None, ledger: JsonLinesWriter) -> None:
         """Do what is to follow, and write down what it was."""
         # whatever the signal was: a scancel may have followed it, or have reached another node
         ending = self._ending() if outcome.cause == "signalled" else slurm.Ending.NONE
         move = next_move(outcome, stop_signal, ending)
-        reason = self._given_up() if move is Move.AGAIN else None
-        ledger.write(event("next", move="stop" if reason else move, ending=ending, given_up=reason))
+        reason = self._given_up() if move in (Move.AGAIN, Move.ELSEWHERE) else None
+        ledger.write(
+            event("next", move="stop" if reason else move, ending=ending, given_up=reason, bad_node=outcome.bad_node)
+        )
         if move is Move.AGAIN and not reason:
             self._go_on(ledger)
+        elif move is Move.ELSEWHERE and not reason:
+            self._go_elsewhere(str(outcome.bad_node), ledger)
         elif move is not Move.LEAVE:
             self._cancel_successor(ledger)
 
@@ -126,6 +151,13 @@ class Continuation:
         if not requeued and self._successor is None:
             self._queue_successor(ledger)
 
+    def _go_elsewhere(self, node: str, ledger: JsonLinesWriter) -> None:
+        """A successor without the bad node, nor those that this job kept away from already."""
+        self._cancel_successor(ledger)
+        kept_away = slurm.job_facts(self.allocation.job).get("ExcNodeList", "(null)")
+        self._excluded = node if kept_away == "(null)" else f"{kept_away},{node}"
+        self._queue_successor(ledger)
+
     def _requeue(self, ledger: JsonLinesWriter) -> bool:
         problem = slurm.requeue(self.allocation.job)
         ledger.write(event("requeue_refused" if problem else "requeued", job=self.allocation.job, detail=problem))
@@ -133,7 +165,8 @@ class Continuation:
 
     def _queue_successor(self, ledger: JsonLinesWriter) -> None:
         job = self.allocation.job
-        answer = slurm.submit(self.paths.sbatch, f"--dependency=afterany:{job}")
+        without = [f"--exclude={self._excluded}"] if self._excluded else []
+        answer = slurm.submit(self.paths.sbatch, f"--dependency=afterany:{job}", *without)
         if not answer.ok:
             ledger.write(event("successor_refused", detail=answer.problem))
             return
@@ -158,7 +191,7 @@ class Continuation:
         return read_record(file, ContinuationRecord) if file.is_file() else None
 
     def _write(self) -> None:
-        record = ContinuationRecord(job=self.allocation.job, successor=self._successor)
+        record = ContinuationRecord(job=self.allocation.job, successor=self._successor, excluded=self._excluded)
         atomic_write_json(self.paths.continuation, record.to_json())
 
 
@@ -169,7 +202,8 @@ def past_attempts(paths: RunPaths) -> list[PastAttempt]:
         attempt = paths.attempt(number)
         best = max((int(record["step"]) for record in read_steps(attempt.steps)), default=0)
         outcome = read_record(attempt.outcome, Outcome) if attempt.outcome.is_file() else None
-        past.append(PastAttempt(best, stopped=outcome is not None and outcome.exit_code == ExitCode.CONTINUE_ME))
+        asked = outcome is not None and outcome.cause in ("signalled", "stop_requested")
+        past.append(PastAttempt(best, stopped=asked))
     return past
 
 

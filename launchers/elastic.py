@@ -8,19 +8,23 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+import time
 from pathlib import Path
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
 from torch.distributed.elastic.rendezvous import RendezvousParameters, dynamic_rendezvous
+from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousError
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from launchers.node import Watcher
 from launchers.rank import run_rank
 
 SECONDS_BETWEEN_LOOKS = 0.02
+SECONDS_BETWEEN_LOOKS_AT_OTHERS = 1.0
 UNLIMITED = 2**31 - 1
+log = logging.getLogger(__name__)
 
 
 class RankLogs(LogsSpecs):
@@ -48,7 +52,10 @@ class RankLogs(LogsSpecs):
 
 class Supervisor(LocalElasticAgent):
     """LocalElasticAgent that kills survivors at once (they hang in a collective that can never end) and gives up only
-    after ``max_restarts`` restarts without a new step, or when its node agent says so.
+    after ``max_restarts`` restarts without a new step, when its node agent says so, or when another node has given up.
+
+    Raises, from ``run``:
+        RendezvousError: another node has given up.
     """
 
     def __init__(self, agent: Watcher, spec: WorkerSpec, logs: LogsSpecs) -> None:
@@ -57,6 +64,7 @@ class Supervisor(LocalElasticAgent):
         self._best_step = 0
         self._fruitless = 0
         self.restarts = 0
+        self._next_look_at_others = 0.0
         agent.adopt(self)
 
     def pids(self) -> list[int]:
@@ -68,7 +76,18 @@ class Supervisor(LocalElasticAgent):
         result = super()._monitor_workers(worker_group)
         if result.state in (WorkerState.FAILED, WorkerState.UNHEALTHY):
             self._on_failure(result)
+        elif result.state == WorkerState.HEALTHY and self._others_gave_up():
+            self._stop_workers(worker_group)  # they wait in a collective for ranks that are not coming back
+            raise RendezvousClosedError("the agent of another node has given up")
         return result
+
+    def _others_gave_up(self) -> bool:
+        """Whether another node's agent has left, after which the ranks can never be complete again."""
+        now = time.monotonic()
+        if self._agent.job.nodes == 1 or now < self._next_look_at_others:
+            return False
+        self._next_look_at_others = now + SECONDS_BETWEEN_LOOKS_AT_OTHERS
+        return self._worker_group.spec.rdzv_handler.is_closed()
 
     def _on_failure(self, result: RunResult) -> None:
         for rank, failure in sorted(result.failures.items()):
@@ -86,7 +105,10 @@ class Supervisor(LocalElasticAgent):
         super()._restart_workers(worker_group)
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
-        self._shutdown(death_sig=signal.SIGKILL)
+        self._shutdown()
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGKILL, timeout: int = 30) -> None:
+        super()._shutdown(signal.SIGKILL, timeout)  # SIGTERM would ask the ranks to save
 
 
 def spare_telemetry() -> None:
@@ -127,7 +149,9 @@ def supervise(agent: Watcher, logs: Path) -> bool:
     )
     supervisor = Supervisor(agent, spec, RankLogs(logs))
     try:
-        result = supervisor.run()
+        return not supervisor.run().is_failed()
+    except RendezvousError as error:  # the head node, whose agent keeps the rendezvous, may have left, too
+        log.error("%s", error)
+        return False
     finally:
         spec.rdzv_handler.shutdown()
-    return not result.is_failed()

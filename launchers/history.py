@@ -43,7 +43,7 @@ class AttemptView:
     @property
     def final(self) -> bool:
         """Whether it has ended, and nothing of its own doing follows."""
-        return self.cause is not None and (self.cause != "signalled" or self.move == "stop")
+        return self.cause is not None and (self.cause not in ("signalled", "bad_node") or self.move == "stop")
 
 
 def read_attempt(number: int, paths: AttemptPaths) -> AttemptView:
@@ -106,4 +106,6 @@ def decision(record: Mapping[str, Any]) -> list[str]:
         return ["nothing: cancelled by user"]
     if record.get("given_up"):
         return [f"nothing: given up after {record['given_up']}"]
+    if record.get("move") == "elsewhere":
+        return [f"without {record.get('bad_node')}"]
     return {"stop": ["nothing"], "leave": [f"left to Slurm ({record.get('ending')})"]}.get(str(record.get("move")), [])

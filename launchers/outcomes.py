@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -22,6 +24,8 @@ class AttemptFacts:
     """One line a failed rank, in order of time."""
     restarts: int = 0
     last_step: int = 0
+    bad_node: str | None = None
+    """The node that is to blame for the failures, if one is."""
 
 
 EXIT_CODE_OF_CAUSE = {
@@ -30,6 +34,8 @@ EXIT_CODE_OF_CAUSE = {
     "signalled": ExitCode.CONTINUE_ME,
     "stop_requested": ExitCode.CONTINUE_ME,
 }
+DEATHS_TO_BLAME_A_NODE = 3
+"""Restarts in a row, of the last DEATHS_TO_BLAME_A_NODE + 1, that a rank of the same node must have begun by dying."""
 
 
 class Move(StrEnum):
@@ -39,6 +45,8 @@ class Move(StrEnum):
     """Nothing: the work is done, or a person must look."""
     AGAIN = "again"
     """Another start, of our doing."""
+    ELSEWHERE = "elsewhere"
+    """A successor that keeps away from a bad node."""
     LEAVE = "leave"
     """What Slurm does by itself; a successor that waits already decides when it starts."""
 
@@ -50,6 +58,8 @@ def next_move(outcome: Outcome, stop_signal: str | None, ending: Ending) -> Move
         stop_signal: the last signal that this node's agent got; None where only another node was signalled.
         ending: what Slurm says after the save; SIGTERM alone means a scancel, a preemption and a requeue alike.
     """
+    if outcome.cause == "bad_node":
+        return Move.ELSEWHERE
     if outcome.cause != "signalled" or ending is Ending.CANCELLED or stop_signal == "SIGINT":
         return Move.STOP
     if ending is Ending.REQUEUE or (ending is Ending.UNKNOWN and stop_signal in ("SIGTERM", "SIGHUP")):
@@ -77,11 +87,29 @@ def judge(facts: AttemptFacts) -> Outcome:
         code = EXIT_CODE_OF_CAUSE[facts.result.cause]
         return Outcome(exit_code=code, restarts=facts.restarts, **facts.result.to_json())
     reason = facts.failures[-1] if facts.failures else "the ranks ended without a result"
+    blame = f"; each time a rank on {facts.bad_node} died first" if facts.bad_node else ""
     return Outcome(
-        cause="crash",
-        exit_code=ExitCode.CRASHED,
+        cause="bad_node" if facts.bad_node else "crash",
+        exit_code=ExitCode.CONTINUE_ME if facts.bad_node else ExitCode.CRASHED,
         step=facts.last_step,
         checkpoint=None,
-        message=f"{reason} (after {facts.restarts} restarts in place)",
+        message=f"{reason} (after {facts.restarts} restarts in place{blame})",
         restarts=facts.restarts,
+        bad_node=facts.bad_node,
     )
+
+
+def node_to_blame(deaths: Iterable[tuple[float, int]], restarts: Iterable[float]) -> int | None:
+    """The node on which a rank died first in DEATHS_TO_BLAME_A_NODE of the last failures of a group of ranks; None if
+    no node stands out. A program that is at fault dies on one node now, on another then. Pure.
+
+    Args:
+        deaths: (seconds since the epoch, node rank) of ranks that ended badly, on all nodes.
+        restarts: when the group was started again, seconds since the epoch.
+    """
+    bounds = sorted(restarts)
+    first: dict[int, tuple[float, int]] = {}
+    for death in sorted(deaths, reverse=True):
+        first[bisect_left(bounds, death[0])] = death
+    last = [first[failure][1] for failure in sorted(first)][-(DEATHS_TO_BLAME_A_NODE + 1) :]
+    return next((node for node in set(last) if last.count(node) >= DEATHS_TO_BLAME_A_NODE), None)

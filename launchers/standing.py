@@ -37,6 +37,7 @@ ENDED: Mapping[str, tuple[State, str]] = {
     "gate": (State.GATE, "gate not passed"),
     "refused": (State.REFUSED, "refused"),
     "crash": (State.CRASHED, "crashed"),
+    "bad_node": (State.CRASHED, "crashed"),
     "signalled": (State.STOPPED, "stopped"),
     "stop_requested": (State.STOPPED, "stopped"),
 }

@@ -15,12 +15,34 @@ from launchers import slurm
 from launchers.allocation import Allocation
 from launchers.continuation import Continuation, Deadline
 from launchers.jobs import jobs_of, live_job
-from launchers.launch_options import LaunchOptions, PastAttempt, lead_seconds, limit_seconds, why_given_up
-from launchers.outcomes import Move, next_move
+from launchers.launch_options import (
+    MAX_FRUITLESS_ATTEMPTS,
+    LaunchOptions,
+    PastAttempt,
+    lead_seconds,
+    limit_seconds,
+    why_given_up,
+)
+from launchers.outcomes import Move, next_move, node_to_blame
 from launchers.slurm import Ending
 from tests.launchers.conftest import Play
 
 STOPPED, FAILED = True, False
+
+
+@pytest.mark.parametrize(
+    ("deaths", "guilty"),
+    [  # a restart at 10, 20, 30; node 0 notices each death of another one's rank a moment later, and its own rank ends
+        ([], None),
+        ([(9.0, 2), (9.1, 0), (19.0, 2), (19.1, 0), (29.0, 2), (29.1, 0), (39.0, 2), (39.1, 0)], 2),
+        ([(9.0, 0), (9.1, 2), (19.0, 2), (29.0, 2), (39.0, 2)], 2),  # node 0 was a moment faster, once
+        ([(9.0, 0), (9.1, 2), (19.0, 2), (19.1, 0), (29.0, 0), (39.0, 2)], None),  # the program's fault: any node
+        ([(9.0, 2), (19.0, 2)], None),  # too few to tell
+        ([(1.0, 1), (9.0, 1), (19.0, 2), (29.0, 2), (39.0, 2)], 2),
+    ],
+)
+def test_node_to_blame(deaths: list[tuple[float, int]], guilty: int | None):
+    assert node_to_blame(deaths, restarts=[20.0, 10.0, 30.0]) == guilty
 
 
 @pytest.mark.parametrize(
@@ -43,6 +65,7 @@ STOPPED, FAILED = True, False
         ("gate", None, Ending.NONE, Move.STOP),
         ("refused", None, Ending.NONE, Move.STOP),
         ("crash", "SIGUSR2", Ending.NONE, Move.STOP),
+        ("bad_node", None, Ending.NONE, Move.ELSEWHERE),
     ],
 )
 def test_next_move(cause: str, stop_signal: str | None, ending: Ending, move: Move):
@@ -209,6 +232,36 @@ def test_successor_queued_in_advance_keeps_its_place_over_a_requeue(start: Conti
         requeued().begin(ledger)
     assert play.calls("scancel") == [] and play.calls("sbatch") == []
     assert jobs_of(start.paths) == ["12", "13"]
+
+
+def test_run_goes_on_without_a_bad_node(start: Continuation, play: Play):
+    attempt = start.paths.attempt(start.paths.claim_attempt())
+    blamed = Outcome(cause="bad_node", exit_code=75, step=9, checkpoint=None, message="", bad_node="n7")
+    start.paths.sbatch.write_text("#!/bin/bash\n")
+    play("scontrol", "JobId=12 JobState=RUNNING Restarts=0 ExcNodeList=n[1-2] EndTime=2099-01-01T00:00:00\n")
+    play("sbatch", "13\n")
+    with JsonLinesWriter(attempt.events("node-0")) as ledger:
+        start.end(blamed, None, ledger)
+    assert play.calls("sbatch") == [f"--parsable --dependency=afterany:12 --exclude=n[1-2],n7 {start.paths.sbatch}"]
+    assert jobs_of(start.paths) == ["12", "13"]
+    after = Continuation(start.paths, replace(start.allocation, job="13", start="13.0.0"))
+    play("squeue", "FAILED\n")
+    assert after.decline() is None
+    with JsonLinesWriter(attempt.events("node-0")) as ledger:
+        after.begin(ledger)
+        after.warned("SIGUSR2", ledger)  # whatever follows keeps away from it, too
+    assert play.calls("sbatch")[-1] == f"--parsable --dependency=afterany:13 --exclude=n[1-2],n7 {start.paths.sbatch}"
+
+
+def test_bad_nodes_are_given_up_on_in_the_end(start: Continuation, play: Play):
+    blamed = Outcome(cause="bad_node", exit_code=75, step=0, checkpoint=None, message="", bad_node="n7")
+    for _ in range(MAX_FRUITLESS_ATTEMPTS):
+        attempt = start.paths.attempt(start.paths.claim_attempt())
+        atomic_write_json(attempt.outcome, blamed.to_json())
+    play("sbatch", "13\n")
+    with JsonLinesWriter(attempt.events("node-0")) as ledger:
+        start.end(blamed, None, ledger)
+    assert play.calls("sbatch") == []
 
 
 def test_complete_run_is_not_run_again(start: Continuation):

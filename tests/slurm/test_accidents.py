@@ -152,6 +152,12 @@ def standing_still(paths: RunPaths) -> Iterator[None]:
 
 
 def ranks_on_all_nodes(paths: RunPaths) -> list[psutil.Process]:
+    ranks = find_ranks(paths)
+    assert len(ranks) >= 2
+    return ranks
+
+
+def find_ranks(paths: RunPaths) -> list[psutil.Process]:
     """The ranks of a run: they write its rank logs. The sandbox's nodes are processes of this machine."""
     mark, ranks = f"{paths.root}/attempts/", []
     for process in psutil.process_iter():
@@ -160,7 +166,6 @@ def ranks_on_all_nodes(paths: RunPaths) -> list[psutil.Process]:
             targets = [os.readlink(descriptor.path) for descriptor in descriptors]
             if any(target.startswith(mark) and target.endswith(".err") for target in targets):
                 ranks.append(process)
-    assert len(ranks) >= 2
     return ranks
 
 
@@ -219,6 +224,46 @@ def test_cut_node_writes_nothing_any_more(submit, twin: RunPaths, twin_digest: s
     old = [json.loads(path.read_text())["attempt"] for path in run.paths.checkpoints.glob("step-*/manifest.json")]
     assert set(old) <= {0, 1}
     assert not run.paths.attempt(0).outcome.exists() or outcome(run.paths)["cause"] != "complete"
+
+
+@pytest.mark.parametrize("node", ["n1", "n2"])
+def test_run_goes_on_without_a_node_whose_ranks_die(submit, node: str, twin: RunPaths, twin_digest: str):
+    """A broken GPU, memory that fails: the node looks well to Slurm, and every rank on it dies soon."""
+    run = submit()
+    wait_for_step(run.paths, 20)
+    with deadly(run, node):
+        wait_until(run.paths.attempt(0).outcome.is_file, "the first attempt ends")
+    assert (outcome(run.paths)["cause"], outcome(run.paths)["bad_node"]) == ("bad_node", node)
+    run.ends_like(twin, twin_digest)
+    successor = json.loads(run.paths.attempt(1).process.read_text())["job"]
+    nodes = run.slurm("squeue", "-h", "-t", "all", "-j", successor, "-o", "%N").strip()
+    assert node not in run.slurm("scontrol", "show", "hostnames", nodes).split()
+
+
+@contextlib.contextmanager
+def deadly(run: Run, node: str) -> Iterator[None]:
+    """Kill every rank of the run on a node as soon as it writes its log."""
+    space, done = os.readlink(f"/proc/{machine_pid(run, node)}/ns/pid"), threading.Event()
+
+    def kill() -> None:
+        while not done.wait(0.05):
+            for rank in find_ranks(run.paths):
+                with contextlib.suppress(OSError, psutil.Error):
+                    if os.readlink(f"/proc/{rank.pid}/ns/pid") == space:
+                        rank.kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        yield
+    finally:
+        done.set()
+        killer.join()
+
+
+def machine_pid(run: Run, node: str) -> int:
+    """PID 1 of a node, as this machine numbers it."""
+    return json.loads(run.cluster.sandbox.layout.identity(node).read_text())["pid"]
 
 
 def test_controller_restart_is_not_noticed(submit, twin: RunPaths, twin_digest: str):
