@@ -93,7 +93,7 @@ class NodeAgent:
         log = self.paths.rank_logs(self.job.node_rank) / f"rank-{rank}.restart-{restart}.err"
         line = f"rank {rank} ended with exit code {exit_code}{name}, see {log}"
         self.failures.append(line)
-        self._tell("rank_failed", detail=line)
+        self._tell("rank_failed", detail=line, rank=rank, exit_code=exit_code, restart=restart)
 
     def restarting(self, count: int) -> None:
         self._tell("restarting", restart=count)
