@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from encdec.files import RunPaths
+from launchers import watch
+from launchers.slurm import parse_time
 from tests.conftest import losses
 from tests.slurm.conftest import Cluster, ledger
 
@@ -26,6 +29,15 @@ def fake_sbatch(folder: Path, ending: str) -> str:
     script.write_text(f'#!/bin/sh\n/usr/bin/sbatch "$@" > /dev/null || exit 1\n{ending}\n')
     script.chmod(0o755)
     return str(folder)
+
+
+def counted_squeue(folder: Path) -> Path:
+    """A folder for PATH whose squeue answers, and notes when (seconds since the epoch) it was asked, in ``asked``."""
+    folder.mkdir()
+    script = folder / "squeue"
+    script.write_text(f'#!/bin/sh\ndate +%s >> {folder}/asked\nexec /usr/bin/squeue "$@"\n')
+    script.chmod(0o755)
+    return folder
 
 
 def submit_through(cluster: Cluster, folder: str, paths: RunPaths, *extra: str) -> tuple[int, str]:
@@ -82,3 +94,17 @@ def test_directory_that_the_nodes_do_not_see(cluster: Cluster, workspace: Path, 
     assert "must be visible on the nodes" in line and "--run-dir" in line
     [submitted] = ledger(paths.events, "submitted")
     eventually(lambda: cluster.sandbox.run("squeue", "-h", "-j", submitted["job"], check=False) == "", 20)
+
+
+def test_job_that_dies_at_once_is_noticed_before_slurm_would_be_asked_again(cluster: Cluster, workspace: Path):
+    """The Python of the cluster's file is on no node."""
+    (workspace / "mine.yaml").write_text("python: /nowhere/python\nenvironment: {OMP_WAIT_POLICY: PASSIVE}\n")
+    paths, squeue = RunPaths(workspace / "run"), counted_squeue(workspace / "bin")
+    code, output = submit_through(cluster, str(squeue), paths, "--cluster", str(workspace / "mine.yaml"), "--wait")
+    noticed = time.time()
+    assert code == 1, output
+    [submitted] = ledger(paths.events, "submitted")
+    assert f"job {submitted['job']}, which ended FAILED" in output
+    ended = parse_time(cluster.sandbox.run("sacct", "-X", "-n", "-P", "-j", submitted["job"], "-o", "End").strip())
+    assert noticed - ended < watch.SECONDS_BETWEEN_SQUEUES
+    assert len((squeue / "asked").read_text().split()) <= 2 + 2 * len(watch.PAUSES_AT_FIRST)
