@@ -204,9 +204,9 @@ def test_running_job_is_requeued_now(running: Story, runs: Path, slurm: Play):
 @pytest.mark.parametrize(
     ("reason", "calls"),
     [
-        ("BeginTime", ["update jobid=12 StartTime=now"]),
-        ("JobHeldUser", ["release 12", "update jobid=12 StartTime=now"]),
-        ("Priority", ["update jobid=12 StartTime=now"]),
+        ("BeginTime", ["update jobid=12 StartTime=now+1"]),
+        ("JobHeldUser", ["release 12", "update jobid=12 StartTime=now+1"]),
+        ("Priority", ["update jobid=12 StartTime=now+1"]),
     ],
 )
 def test_waiting_job_may_start_now(running: Story, runs: Path, slurm: Play, capsys, reason: str, calls: list[str]):

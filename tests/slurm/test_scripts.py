@@ -129,7 +129,7 @@ def test_warned_job_goes_on_with_its_own_run_whatever_becomes_of_the_checkout(
     hand.config.write_text("another: configuration")
     hand.sandbox.run("scancel", "--signal=USR2", job)
     eventually(lambda: hand.sandbox.run("squeue", "-h", "-j", job, "-o", "%T") == "PENDING\n", 20)
-    hand.sandbox.run("scontrol", "update", f"jobid={job}", "starttime=now")  # spares the hold-off
+    hand.sandbox.run("scontrol", "update", f"jobid={job}", "starttime=now+1")  # spares the hold-off
     code, output = hand.submit("--wait")  # finds the job and follows it
     assert code == 0, output
     assert f"job {job} is this run's already" in output

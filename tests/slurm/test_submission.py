@@ -50,8 +50,8 @@ def submit_through(cluster: Cluster, folder: str, paths: RunPaths, *extra: str) 
     )
 
 
-def test_job_whose_id_was_lost_is_found_not_submitted_again(cluster: Cluster, twin: RunPaths):
-    paths = RunPaths(cluster.lab.root / "run")
+def test_job_whose_id_was_lost_is_found_not_submitted_again(cluster: Cluster, twin: RunPaths, twin_digest: str):
+    paths = RunPaths(cluster.lab.root / 'my run\'s "dir"')  # a path with blanks and quotes
     deaf = fake_sbatch(cluster.lab.root / "bin", f'echo "{LOST}" >&2; exit 1')
     code, output = submit_through(cluster, deaf, paths, "--name", "lost")
     assert code == 0, output
@@ -60,6 +60,7 @@ def test_job_whose_id_was_lost_is_found_not_submitted_again(cluster: Cluster, tw
     code, output = cluster.submit(paths, "--name", "lost", "--wait")
     assert code == 0, output
     assert losses(paths) == losses(twin)
+    assert cluster.lab.digest(paths.checkpoints / "step-60") == twin_digest
     assert cluster.sandbox.run("squeue", "-h", "-t", "all", "-n", "lost", "-o", "%i").split() == queued
 
 
@@ -74,13 +75,6 @@ def test_launcher_that_dies_while_it_submits_leaves_one_job(cluster: Cluster, tw
     assert "is this run's already" in output
     assert losses(paths) == losses(twin)
     assert len(cluster.sandbox.run("squeue", "-h", "-t", "all", "-n", "orphan", "-o", "%i").split()) == 1
-
-
-def test_path_with_blanks_and_quotes(cluster: Cluster, twin: RunPaths, twin_digest: str):
-    paths = RunPaths(cluster.lab.root / 'my run\'s "dir"')
-    code, output = cluster.submit(paths, "--wait")
-    assert code == 0, output
-    assert cluster.lab.digest(paths.checkpoints / "step-60") == twin_digest
 
 
 def test_directory_that_the_nodes_do_not_see(cluster: Cluster, workspace: Path, eventually: Callable[..., None]):
