@@ -77,7 +77,33 @@ def agrees(seen: Look) -> bool:
     state, job = seen.status["state"], seen.status["job"]
     if state == "complete":
         return job is None and seen.finished[1]
-    return not seen.finished[0] and any(state == STATE_OF.get(said) and job["state"] == said for said in seen.squeue)
+    living = [said for said in seen.squeue if said in STATE_OF]
+    return not seen.finished[0] and any((state, job and job["state"]) == (STATE_OF[said], said) for said in living)
+
+
+RUNS, WAITS, ENDED = ("RUNNING", "RUNNING"), ("PENDING", "PENDING"), ("COMPLETED", "COMPLETED")
+
+
+def said(state: str, job: str | None) -> dict[str, Any]:
+    return {"state": state, "job": job and {"state": job}, "words": f"{state}: {job}"}
+
+
+@pytest.mark.parametrize(
+    ("squeue", "sacct", "status", "finished"),
+    [
+        (RUNS, "RUNNING", said("pending", "PENDING"), False),
+        (RUNS, "RUNNING", said("running", "PENDING"), False),
+        (RUNS, "RUNNING", said("complete", None), False),
+        (RUNS, "RUNNING", said("lost", "RUNNING"), False),
+        (WAITS, "PENDING", said("running", "RUNNING"), False),
+        (ENDED, "COMPLETED", said("running", "COMPLETED"), True),
+        (RUNS, "COMPLETED", said("running", "RUNNING"), False),
+    ],
+)
+def test_what_does_not_fit_is_found(squeue: tuple[str, str], sacct: str, status: dict[str, Any], finished: bool):
+    fits = Look(RUNS, "RUNNING", said("running", "RUNNING"), (False, False))
+    assert contradictions([fits, fits]) == []
+    assert len(contradictions([fits, Look(squeue, sacct, status, (finished, finished))])) == 1
 
 
 def test_four_nodes_of_two_ranks(lab: Lab, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch):
