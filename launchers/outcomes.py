@@ -62,7 +62,9 @@ def next_move(outcome: Outcome, stop_signal: str | None, ending: Ending) -> Move
         return Move.ELSEWHERE
     if outcome.cause != "signalled" or ending is Ending.CANCELLED or stop_signal == "SIGINT":
         return Move.STOP
-    if ending is Ending.REQUEUE or (ending is Ending.UNKNOWN and stop_signal in ("SIGTERM", "SIGHUP")):
+    if ending in (Ending.REQUEUE, Ending.PREEMPTED):
+        return Move.LEAVE
+    if ending is Ending.UNKNOWN and stop_signal in ("SIGTERM", "SIGHUP"):
         return Move.LEAVE
     return Move.AGAIN
 

@@ -201,6 +201,8 @@ class Ending(StrEnum):
     """By scancel: final."""
     REQUEUE = "requeue"
     """Preempted, or requeued by an administrator: Slurm runs the job again by itself."""
+    PREEMPTED = "preempted"
+    """Where preempted jobs are cancelled: Slurm does not run it again, but a successor may go on."""
     TIME_LIMIT = "time limit"
     NONE = "none"
     """It runs on: whoever sent SIGTERM meant a warning. A preempted job is told so when its time of grace begins."""
@@ -233,7 +235,8 @@ def flags_of(facts: Mapping[str, str]) -> dict[str, str | bool]:
 def why_ending(facts: Mapping[str, str], *, restarts: int, now: float) -> Ending:
     """Read the reason from a job's fields, as a task of its start number ``restarts`` sees them after SIGTERM.
 
-    A job on its way to be requeued already counts one restart more; a cancelled one has been given an end that is past.
+    A job on its way to be requeued already counts one restart more; a cancelled one has been given an end that is past,
+    whether a user or a preemption cancelled it: only then has it been preempted since it started.
     """
     if not facts:
         return Ending.UNKNOWN
@@ -242,8 +245,10 @@ def why_ending(facts: Mapping[str, str], *, restarts: int, now: float) -> Ending
     end = parse_time(facts.get("EndTime", ""))
     if int(facts.get("Restarts", "0")) > restarts or (end is None and facts.get("JobState") != "RUNNING"):
         return Ending.REQUEUE
-    if facts.get("JobState") in ("CANCELLED", "COMPLETING") and end is not None and end <= now + 1:
-        return Ending.CANCELLED
+    if facts.get("JobState") in ("CANCELLED", "COMPLETING", "PREEMPTED") and end is not None and end <= now + 1:
+        preempted = parse_time(facts.get("PreemptTime", ""))
+        since = parse_time(facts.get("StartTime", ""))
+        return Ending.PREEMPTED if preempted and preempted >= (since or 0.0) else Ending.CANCELLED
     return Ending.NONE
 
 

@@ -14,6 +14,8 @@ from launchers.progress import Progress, make_console
 
 SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_BETWEEN_SQUEUES = 30.0
+PAUSES_AT_FIRST = (2.0, 4.0, 8.0, 16.0)
+"""Seconds between the looks at a job that has claimed no attempt yet: many that die at all die at once."""
 SECONDS_TO_BE_SEEN = 90.0
 """In which the files of a job that runs must show up here; NFS clients keep what they know for a minute."""
 SECONDS_TO_LOOK_AGAIN = 5.0
@@ -23,7 +25,8 @@ SECONDS_TO_LOOK_AGAIN = 5.0
 def follow(paths: RunPaths, *, total_steps: int) -> int:
     """Show progress until the run's work is over, through all its jobs; returns the last attempt's exit code.
 
-    Asks squeue at most once in SECONDS_BETWEEN_SQUEUES, for jobs that die without a word. Ctrl-C stops watching only.
+    Asks squeue once in SECONDS_BETWEEN_SQUEUES, for jobs that die without a word, and a little more often after the
+    submission and after a job's first start (PAUSES_AT_FIRST), until there is an attempt. Ctrl-C stops watching only.
 
     Raises:
         EncdecError: the job ended before it could claim an attempt.
@@ -74,7 +77,10 @@ class Watch:
         """Whether the job has run, and its first node has written nothing."""
         self._ends_seen = 0
         self._running_since: float | None = None
+        self._started: set[str] = set()
+        """Jobs that have been seen to start."""
         self._next_squeue = 0.0
+        self._pauses = iter(PAUSES_AT_FIRST)
 
     def over(self) -> bool:
         """Look once: whether an attempt ended for good, or Slurm says that none will follow."""
@@ -98,6 +104,11 @@ class Watch:
             self.number = newest
             self._view = Progress(self._paths.attempt(newest), self._total)
             self._view.say(f"job {self.job} runs attempt {newest}")
+            self._pauses = iter(())
+            self._started.add(self.job)
+        elif self.job not in self._started and self._paths.batch_host(self.job).exists():
+            self._pauses, self._next_squeue = iter(PAUSES_AT_FIRST[1:]), time.monotonic() + PAUSES_AT_FIRST[0]
+            self._started.add(self.job)
         if self._view:
             self._view.refresh()
 
@@ -138,7 +149,8 @@ class Watch:
         state = states[job]
         ended = state in slurm.END_STATES
         self._ends_seen = self._ends_seen + 1 if ended else 0
-        self._next_squeue = time.monotonic() + (SECONDS_TO_LOOK_AGAIN if ended else SECONDS_BETWEEN_SQUEUES)
+        pause = SECONDS_TO_LOOK_AGAIN if ended else next(self._pauses, SECONDS_BETWEEN_SQUEUES)
+        self._next_squeue = time.monotonic() + pause
         if (job, state) != (self.job, self.state) and (self._view is None or state != "RUNNING"):
             make_console().print(f"job {job} is {state}")
         self.job, self.state = job, state

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from encdec.checkpoints import logical_digest
 from encdec.files import RunPaths
 from encdec.records import read_json_lines
 
@@ -60,9 +61,7 @@ class Lab:
         return self.start("launchers.submit", *arguments, *self.arguments(*extra))
 
     def digest(self, checkpoint: Path) -> str:
-        code, output = self.run("encdec.checkpoints", "digest", str(checkpoint))
-        assert code == 0, output
-        return output.strip()
+        return logical_digest(checkpoint)
 
 
 @pytest.fixture(scope="session")
@@ -94,7 +93,10 @@ def twin(session_folder: Path) -> RunPaths:
 
 @pytest.fixture(scope="session")
 def twin_digest(twin: RunPaths, session_folder: Path) -> str:
-    return Lab(session_folder, session_folder / "packed").digest(twin.checkpoints / "step-60")
+    lab = Lab(session_folder, session_folder / "packed")
+    code, output = lab.run("encdec.checkpoints", "digest", str(twin.checkpoints / "step-60"))
+    assert code == 0, output
+    return output.strip()
 
 
 @pytest.fixture

@@ -36,13 +36,17 @@ class Evidence:
 
 
 def check_sanity(model: nn.Module, tokenizer: Any, paths: RunPaths) -> None:
-    """The sanity check on the unsharded model, on rank 0; its report goes to the run directory.
+    """The sanity check on the unsharded model, on rank 0; its report goes to the run directory, once in a run's life.
+
+    All ranks take part, whatever each of them sees there: one that comes late finds the report already.
 
     Raises:
         TrainingDiverged: a check failed; on every rank.
     """
 
     def check() -> None:
+        if paths.sanity_report.exists():
+            return
         report = check_model(model, tokenizer)
         for line in report.lines():
             log.info("sanity check: %s", line)

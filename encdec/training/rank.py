@@ -92,7 +92,7 @@ def _train(
         attempt = distributed.on_rank_zero(paths.claim_attempt)
     with storage.explained("The model must be readable", Path(run.config.model.model_name_or_path)):
         model = build_model(run.config, tokenizer)
-    if run.phase and run.phase.phase == TrainingPhase.SANITY_CHECK and not paths.sanity_report.exists():
+    if run.phase and run.phase.phase == TrainingPhase.SANITY_CHECK:
         check_sanity(model, tokenizer, paths)
     requests = Requests(paths)
     trainer = build_trainer(

@@ -68,6 +68,7 @@ def test_killed_rank_is_started_again_inside_the_same_attempt(lab: Lab, twin: Ru
     assert "started again in place" in output
     [failure] = ledger(paths, "rank_failed")
     assert "rank 1 ended with exit code -9 by SIGKILL" in failure["detail"]
+    assert (failure["rank"], failure["exit_code"], failure["restart"]) == (1, -9, 0)
     assert losses(paths) == losses(twin)
     assert lab.digest(paths.checkpoints / "step-60") == twin_digest
 

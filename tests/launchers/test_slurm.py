@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 import pytest
 
 from encdec.errors import ConfigError, EncdecError, MissingPrerequisite
+from encdec.records import Outcome
 from launchers import slurm
 from launchers.allocation import address_towards, free_port, interface_of, read_allocation
 from launchers.arguments import parse_submit
+from launchers.outcomes import Move, next_move
+from launchers.slurm import Ending
 from tests.launchers.conftest import UNREACHABLE, Play
 
 FORGOTTEN = "slurm_load_jobs error: Invalid job id specified"
@@ -65,6 +70,30 @@ def test_requeue_is_tried_again_and_tells_why_not(play: Play):
     assert play.calls("scontrol") == ["requeue 99999"] * slurm.REQUEUE_TRIES
     play("scontrol")
     assert slurm.requeue("12") is None
+
+
+ENDING = "JobId=1 JobState={} Reason=None Requeue=1 Restarts=0 StartTime={} EndTime=2026-11-25T21:05:31 PreemptTime={}"
+
+
+@pytest.mark.parametrize(
+    ("state", "started", "preempted", "ending"),
+    [  # as scontrol showed it to a task that had just got SIGTERM, at 21:05:31
+        ("COMPLETING", "2026-11-25T21:05:29", "2026-11-25T21:05:31", Ending.PREEMPTED),  # PreemptMode=CANCEL, no grace
+        ("PREEMPTED", "2026-11-25T21:05:29", "2026-11-25T21:05:31", Ending.PREEMPTED),  # all but over
+        ("COMPLETING", "2026-11-25T21:05:29", "None", Ending.CANCELLED),
+        ("COMPLETING", "2026-11-25T21:05:29", "2026-11-25T20:58:00", Ending.CANCELLED),  # that was an earlier start
+    ],
+)
+def test_preemption_that_cancels_is_no_scancel(play: Play, state: str, started: str, preempted: str, ending: Ending):
+    play("scontrol", ENDING.format(state, started, preempted) + "\n")
+    now = datetime.fromisoformat("2026-11-25T21:05:31").timestamp()
+    assert slurm.why_ending(slurm.job_facts("1"), restarts=0, now=now) is ending
+
+
+@pytest.mark.parametrize("signal", ["SIGUSR2", "SIGTERM", None])
+def test_what_a_preemption_cancelled_is_left_to_the_successor(signal: str | None):
+    said = Outcome(cause="signalled", exit_code=75, step=9, checkpoint="step-9", message="warned")
+    assert next_move(said, signal, Ending.PREEMPTED) is Move.LEAVE
 
 
 def test_refusal_is_one_line():

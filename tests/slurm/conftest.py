@@ -1,26 +1,34 @@
-"""A real Slurm cluster for every test that asks for one: the fixtures `sandbox`, `workspace` and `cluster`."""
+"""A real Slurm cluster for every test that asks for one: the fixtures `sandbox`, `workspace`, `cluster`, `submit`."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 
+import psutil
 import pytest
 
 from encdec.errors import MissingPrerequisite
 from encdec.files import RunPaths
-from encdec.records import read_json_lines
+from encdec.records import ContinuationRecord, read_json_lines, read_record
 from launchers.sandbox import preflight
 from launchers.sandbox.cluster import Sandbox
 from launchers.sandbox.layout import Shape
 from launchers.slurm import SOON
-from tests.conftest import Lab
+from tests.conftest import Lab, losses
+
+Eventually = Callable[..., None]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -90,14 +98,23 @@ class Cluster:
 
     lab: Lab
     sandbox: Sandbox
+    user: str | None = None
+    """Who asks Slurm; None: root."""
+    become: tuple[str, ...] = ()
+    """Words before a command that make its process the user's."""
+
+    @property
+    def python(self) -> tuple[str, ...]:
+        """Words before ``-m module``, where this cluster's Slurm answers."""
+        # two nodes share this machine's cores: threads that spin while they wait would slow each other down
+        settings = (f"SLURM_CONF={self.sandbox.layout.slurm_conf}", "OMP_WAIT_POLICY=PASSIVE")
+        return (*self.become, "env", *settings, sys.executable)
 
     def submit(self, paths: RunPaths, *extra: str) -> tuple[int, str]:
-        # two nodes share this machine's cores: threads that spin while they wait would slow each other down
-        settings = [f"SLURM_CONF={self.sandbox.layout.slurm_conf}", "OMP_WAIT_POLICY=PASSIVE"]
         where = ["--nodes", "2", "--gpus-per-node", "1", "--run-dir", str(paths.root)]
         return self.lab.run(
             "launchers.submit", "--phase", "sanity_check", "--cluster", "slurm", *where, *self.lab.arguments(*extra),
-            launcher=("env", *settings, sys.executable),
+            launcher=self.python,
         )  # fmt: skip
 
     def queue(self, paths: RunPaths, *extra: str) -> str:
@@ -110,8 +127,11 @@ class Cluster:
 
     def run(self, module: str, *arguments: str) -> tuple[int, str]:
         """Another command of the launcher, where this cluster's Slurm answers: (exit code, output)."""
-        launcher = ("env", f"SLURM_CONF={self.sandbox.layout.slurm_conf}", sys.executable)
-        return self.lab.run(module, *arguments, launcher=launcher)
+        return self.lab.run(module, *arguments, launcher=self.python)
+
+    def slurm(self, *command: str) -> str:
+        """One of Slurm's own commands: what it printed."""
+        return self.sandbox.run(*command, user=self.user)
 
     def state(self, job: str) -> str:
         """What squeue says of a job, ended ones included."""
@@ -125,6 +145,137 @@ class Cluster:
 @pytest.fixture
 def cluster(lab: Lab, sandbox: Sandbox) -> Cluster:
     return Cluster(lab, sandbox)
+
+
+class Run:
+    """One run on the cluster, and what is done to it.
+
+    Args:
+        cluster: where.
+        extra: flags of its submission.
+    """
+
+    def __init__(self, cluster: Cluster, eventually: Eventually, *extra: str) -> None:
+        self.cluster, self.eventually, self.extra = cluster, eventually, extra
+        self.paths = RunPaths(cluster.lab.root / "run")
+        self.slurm, self.state = cluster.slurm, cluster.state
+        self.job = cluster.queue(self.paths, *extra)
+
+    def warn(self) -> None:
+        """What Slurm sends before the time limit."""
+        self.slurm("scancel", "--signal=USR2", self.job)
+
+    def set_end(self, *, seconds: float) -> None:
+        """The job's time will be up so many seconds from now."""
+        end = datetime.now() + timedelta(seconds=seconds)
+        self.slurm("scontrol", "update", f"jobid={self.job}", f"endtime={end.isoformat(timespec='seconds')}")
+
+    def preempt(self) -> None:
+        """Have a job of higher priority take all nodes, for a moment."""
+        whole = ["--nodes=4", "--exclusive", "--partition=high", "--time=5", "--output=/dev/null", "--wrap=sleep 600"]
+        high = self.slurm("sbatch", "--parsable", *whole).strip()
+        self.eventually(lambda: self.state(high) == "RUNNING", 60)
+        self.slurm("scancel", high)
+
+    def nodes(self) -> list[str]:
+        """Names of the nodes that the job runs on."""
+        return self.slurm(
+            "scontrol", "show", "hostnames", self.slurm("squeue", "-h", "-j", self.job, "-o", "%N").strip()
+        ).split()
+
+    def lift_hold(self) -> None:
+        """Slurm holds a requeued job back for a while."""
+        self.eventually(lambda: self.state(self.job) == "PENDING", 60)
+        lift_hold(self.cluster.sandbox, self.job)
+
+    def events(self, kind: str, attempt: int = 0) -> list[dict]:
+        return ledger(self.paths.attempt(attempt).events("node-0"), kind)
+
+    def successor(self) -> str | None:
+        return read_record(self.paths.continuation, ContinuationRecord).successor
+
+    def ends_like(self, twin: RunPaths, digest: str) -> str:
+        """Follow it to its end; returns what the command printed."""
+        code, output = self.cluster.submit(self.paths, "--wait", *self.extra)
+        assert code == 0, output
+        assert losses(self.paths) == losses(twin)
+        assert self.cluster.lab.digest(self.paths.checkpoints / "step-60") == digest
+        return output
+
+    def steps(self) -> list[list[int]]:
+        """Steps computed by each attempt."""
+        numbers = self.paths.attempt_numbers()
+        return [[record["step"] for record in read_json_lines(self.paths.attempt(n).steps)] for n in numbers]
+
+
+@pytest.fixture
+def submit(cluster: Cluster, eventually: Eventually) -> Callable[..., Run]:
+    """submit(*flags): a run of the cluster, queued."""
+    return lambda *extra: Run(cluster, eventually, *extra)
+
+
+@contextlib.contextmanager
+def standing_still(paths: RunPaths) -> Iterator[None]:
+    """Hold every rank of the run where it is. Again and again: Slurm sends SIGCONT along with every signal."""
+    ranks, done = ranks_on_all_nodes(paths), threading.Event()
+
+    def send(number: signal.Signals) -> None:
+        for rank in ranks:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                rank.send_signal(number)
+
+    def hold() -> None:
+        while not done.wait(0.005):
+            send(signal.SIGSTOP)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    try:
+        yield
+    finally:
+        done.set()
+        holder.join()
+        send(signal.SIGCONT)
+
+
+@contextlib.contextmanager
+def deadly(run: Run, node: str) -> Iterator[None]:
+    """Kill every rank of the run on a node as soon as it writes its log."""
+    first = json.loads(run.cluster.sandbox.layout.identity(node).read_text())["pid"]
+    space, done = os.readlink(f"/proc/{first}/ns/pid"), threading.Event()
+
+    def kill() -> None:
+        while not done.wait(0.05):
+            for rank in find_ranks(run.paths):
+                with contextlib.suppress(OSError, psutil.Error):
+                    if os.readlink(f"/proc/{rank.pid}/ns/pid") == space:
+                        rank.kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        yield
+    finally:
+        done.set()
+        killer.join()
+
+
+def ranks_on_all_nodes(paths: RunPaths) -> list[psutil.Process]:
+    ranks = find_ranks(paths)
+    assert len(ranks) >= 2
+    return ranks
+
+
+def find_ranks(paths: RunPaths) -> list[psutil.Process]:
+    """The ranks of a run: they write its rank logs. The sandbox's nodes are processes of this machine."""
+    mark, ranks = f"{paths.root}/attempts/", []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            descriptors = os.scandir(f"/proc/{process.pid}/fd")
+            targets = [os.readlink(descriptor.path) for descriptor in descriptors]
+            if any(target.startswith(mark) and target.endswith(".err") for target in targets):
+                ranks.append(process)
+    return ranks
 
 
 def outcome(paths: RunPaths, attempt: int = 0) -> dict:

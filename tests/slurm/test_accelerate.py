@@ -1,38 +1,20 @@
-"""``--launcher accelerate`` on two nodes of a real Slurm cluster: what torch elastic computes, warned or not."""
+"""``--launcher accelerate`` on two nodes of a real Slurm cluster: what torch elastic computes, although warned."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
 
 from encdec.files import RunPaths
 from encdec.records import read_json_lines
-from launchers.sandbox.cluster import Sandbox
-from tests.conftest import Lab, losses, wait_for_step
+from tests.conftest import losses, wait_for_step
 from tests.slurm.conftest import Cluster, ledger, lift_hold, outcome
 
 pytestmark = pytest.mark.slurm
 
 ACCELERATE = ("--launcher", "accelerate")
-
-
-@pytest.fixture
-def cluster(lab: Lab, sandbox: Sandbox) -> Cluster:
-    return Cluster(lab, sandbox)
-
-
-def test_two_nodes_under_accelerate_compute_what_one_machine_computes(
-    cluster: Cluster, twin: RunPaths, twin_digest: str
-):
-    paths = RunPaths(cluster.lab.root / "run")
-    code, output = cluster.submit(paths, *ACCELERATE, "--wait")
-    assert code == 0, output
-    assert losses(paths) == losses(twin)
-    assert cluster.lab.digest(paths.checkpoints / "step-60") == twin_digest
-    for node in ("node-0", "node-1"):
-        [ready] = ledger(paths.attempt(0).events(node), "agent_ready")
-        assert ready["launcher"] == "accelerate"
 
 
 def test_warned_job_requeues_under_accelerate_and_computes_no_step_twice(
@@ -52,7 +34,8 @@ def test_warned_job_requeues_under_accelerate_and_computes_no_step_twice(
     assert paths.attempt_numbers() == [0, 1]
     steps = [[record["step"] for record in read_json_lines(paths.attempt(n).steps)] for n in (0, 1)]
     assert steps == [list(range(1, ended["step"] + 1)), list(range(ended["step"] + 1, 61))]
-    [ready] = ledger(paths.attempt(1).events("node-1"), "agent_ready")
-    assert ready["launcher"] == "accelerate"
+    for attempt, node in itertools.product((0, 1), ("node-0", "node-1")):
+        [ready] = ledger(paths.attempt(attempt).events(node), "agent_ready")
+        assert ready["launcher"] == "accelerate"
     assert losses(paths) == losses(twin)
     assert cluster.lab.digest(paths.checkpoints / "step-60") == twin_digest

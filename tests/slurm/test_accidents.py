@@ -4,83 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from datetime import datetime, timedelta
 
-import psutil
 import pytest
 
+from encdec.errors import EncdecError
 from encdec.files import RunPaths
-from encdec.records import ContinuationRecord, read_json_lines, read_record
-from tests.conftest import losses, wait_for_step, wait_until
-from tests.slurm.conftest import Cluster, ledger, lift_hold, outcome
+from launchers import overview
+from tests.conftest import wait_for_step, wait_until
+from tests.slurm.conftest import deadly, ledger, outcome, standing_still
 
 pytestmark = pytest.mark.slurm
-Eventually = Callable[..., None]
 
 
-class Run:
-    """One run on the cluster, and what is done to it.
-
-    Args:
-        cluster: where.
-        extra: flags of its submission.
-    """
-
-    def __init__(self, cluster: Cluster, eventually: Eventually, *extra: str) -> None:
-        self.cluster, self.eventually, self.extra = cluster, eventually, extra
-        self.paths = RunPaths(cluster.lab.root / "run")
-        self.job = cluster.queue(self.paths, *extra)
-
-    def slurm(self, *command: str) -> str:
-        return self.cluster.sandbox.run(*command)
-
-    def state(self, job: str) -> str:
-        return self.slurm("squeue", "-h", "-t", "all", "-j", job, "-o", "%T").strip()
-
-    def warn(self) -> None:
-        """What Slurm sends before the time limit."""
-        self.slurm("scancel", "--signal=USR2", self.job)
-
-    def lift_hold(self) -> None:
-        """Slurm holds a requeued job back for a while."""
-        self.eventually(lambda: self.state(self.job) == "PENDING", 60)
-        lift_hold(self.cluster.sandbox, self.job)
-
-    def events(self, kind: str, attempt: int = 0) -> list[dict]:
-        return ledger(self.paths.attempt(attempt).events("node-0"), kind)
-
-    def successor(self) -> str | None:
-        return read_record(self.paths.continuation, ContinuationRecord).successor
-
-    def ends_like(self, twin: RunPaths, digest: str) -> None:
-        """Follow it to its end."""
-        code, output = self.cluster.submit(self.paths, "--wait", *self.extra)
-        assert code == 0, output
-        assert losses(self.paths) == losses(twin)
-        assert self.cluster.lab.digest(self.paths.checkpoints / "step-60") == digest
-
-    def steps(self) -> list[list[int]]:
-        """Steps computed by each attempt."""
-        numbers = self.paths.attempt_numbers()
-        return [[record["step"] for record in read_json_lines(self.paths.attempt(n).steps)] for n in numbers]
-
-
-@pytest.fixture
-def submit(cluster: Cluster, eventually: Eventually):
-    return lambda *extra: Run(cluster, eventually, *extra)
-
-
-def test_two_time_outs_lose_no_step(submit, twin: RunPaths, twin_digest: str):
-    run = submit()
-    for attempt, step in enumerate((8, 30)):
-        wait_for_step(run.paths, step, attempt)
-        run.warn()
-        run.lift_hold()
-    run.ends_like(twin, twin_digest)
+def test_time_limit_and_another_stop_lose_no_step(submit, twin: RunPaths, twin_digest: str):
+    """Slurm itself gives the first warning: on its tick of 30 s, 120 to 150 s before the end."""
+    run = submit("--time", "10")
+    wait_for_step(run.paths, 8)
+    with standing_still(run.paths):  # the run would be over before the tick
+        run.set_end(seconds=152)
+        run.eventually(lambda: run.events("successor_queued"), 90)
+    run.lift_hold()
+    wait_for_step(run.paths, 30, attempt=1)
+    run.warn()
+    run.lift_hold()
+    output = run.ends_like(twin, twin_digest)  # the same command finds the job and follows it
+    assert f"job {run.job} is this run's already" in output
+    assert len(ledger(run.paths.events, "submitted")) == 1
+    assert [len(run.events("requeued", attempt)) for attempt in (0, 1, 2)] == [1, 1, 0]
+    assert [outcome(run.paths, attempt)["exit_code"] for attempt in (0, 1, 2)] == [75, 75, 0]
+    assert all(outcome(run.paths, attempt)["checkpoint_verified"] for attempt in (0, 1, 2))
+    assert [outcome(run.paths, attempt)["cause"] for attempt in (0, 1, 2)] == ["signalled", "signalled", "complete"]
     assert [step for steps in run.steps() for step in steps] == list(range(1, 61))  # none twice, none left out
     assert len(run.paths.attempt_numbers()) == 3
     run.eventually(lambda: run.cluster.history(run.job) == ["REQUEUED", "REQUEUED", "COMPLETED"], 10)
@@ -123,58 +76,40 @@ def test_save_slower_than_the_warning_leaves_a_continued_run(submit, twin: RunPa
     with standing_still(run.paths):
         run.warn()
         run.eventually(lambda: run.events("successor_queued"), 60)
-        soon = datetime.now() + timedelta(seconds=2)
-        run.slurm("scontrol", "update", f"jobid={run.job}", f"endtime={soon.isoformat(timespec='seconds')}")
+        run.set_end(seconds=2)
         run.eventually(lambda: run.cluster.history(run.job) == ["TIMEOUT"], 120)  # Slurm looks every 30 s
     assert not run.paths.attempt(0).outcome.exists()
     run.ends_like(twin, twin_digest)
     assert run.steps()[1][0] == 16  # from the newest checkpoint
 
 
-@contextlib.contextmanager
-def standing_still(paths: RunPaths) -> Iterator[None]:
-    """Hold every rank of the run where it is. Again and again: Slurm sends SIGCONT along with every signal."""
-    ranks, done = ranks_on_all_nodes(paths), threading.Event()
-
-    def hold() -> None:
-        while not done.wait(0.005):
-            for rank in ranks:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    rank.send_signal(signal.SIGSTOP)
-
-    holder = threading.Thread(target=hold)
-    holder.start()
-    try:
-        yield
-    finally:
-        done.set()
-        holder.join()
-
-
-def ranks_on_all_nodes(paths: RunPaths) -> list[psutil.Process]:
-    ranks = find_ranks(paths)
-    assert len(ranks) >= 2
-    return ranks
-
-
-def find_ranks(paths: RunPaths) -> list[psutil.Process]:
-    """The ranks of a run: they write its rank logs. The sandbox's nodes are processes of this machine."""
-    mark, ranks = f"{paths.root}/attempts/", []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            descriptors = os.scandir(f"/proc/{process.pid}/fd")
-            targets = [os.readlink(descriptor.path) for descriptor in descriptors]
-            if any(target.startswith(mark) and target.endswith(".err") for target in targets):
-                ranks.append(process)
-    return ranks
-
-
-def test_administrators_requeue(submit, twin: RunPaths, twin_digest: str):
+def test_administrators_requeues(submit, twin: RunPaths, twin_digest: str):
+    """One amid the run, one while Slurm still ends its tasks, and one before the next attempt can have a step."""
     run = submit()
     wait_for_step(run.paths, 10)
     run.slurm("scontrol", "requeue", run.job)
+    with contextlib.suppress(EncdecError):  # Slurm may call it pending already
+        run.slurm("scontrol", "requeue", run.job)
+    run.lift_hold()
+    run.eventually(lambda: run.state(run.job) == "RUNNING", 60)
+    run.slurm("scontrol", "requeue", run.job)
     run.lift_hold()
     run.ends_like(twin, twin_digest)
+
+
+def test_scancel_while_it_waits_after_a_requeue_is_final(submit, monkeypatch: pytest.MonkeyPatch):
+    run = submit()
+    wait_for_step(run.paths, 10)
+    run.warn()
+    run.eventually(lambda: run.events("ended") and run.state(run.job) == "PENDING", 60)
+    run.slurm("scancel", run.job)
+    assert run.state(run.job) == "CANCELLED"
+    [successor] = run.events("successor_queued")
+    run.eventually(lambda: run.state(successor["job"]) in ("CANCELLED", "COMPLETED"), 30)  # looked, and declined
+    monkeypatch.setenv("SLURM_CONF", str(run.cluster.sandbox.layout.slurm_conf))
+    [view] = overview.look([run.paths], forgiving=False)
+    assert (view.standing.state, view.standing.words) == ("cancelled", "cancelled by user")
+    assert run.paths.attempt_numbers() == [0]
 
 
 @pytest.mark.parametrize("warned", [True, False], ids=["user signal", "TERM only"])
@@ -187,10 +122,7 @@ def test_preemption(submit, warned: bool, twin: RunPaths, twin_digest: str):
         run.slurm("scontrol", "reconfigure")
     try:
         wait_for_step(run.paths, 10)
-        whole = ["--nodes=4", "--exclusive", "--partition=high", "--time=5", "--output=/dev/null", "--wrap=sleep 600"]
-        high = run.slurm("sbatch", "--parsable", *whole).strip()
-        run.eventually(lambda: run.state(high) == "RUNNING", 60)
-        run.slurm("scancel", high)
+        run.preempt()
     finally:
         conf.write_text(text)
         run.slurm("scontrol", "reconfigure")
@@ -200,15 +132,39 @@ def test_preemption(submit, warned: bool, twin: RunPaths, twin_digest: str):
     assert [step for steps in run.steps() for step in steps] == list(range(1, 61))
 
 
-def test_node_crash(submit, twin: RunPaths, twin_digest: str):
-    run = submit()
-    wait_for_step(run.paths, 20)
-    run.cluster.sandbox.crash("n2")
+def test_preemption_that_cancels(submit, twin: RunPaths, twin_digest: str):
+    """No grace, no requeue: what Slurm cancels, it calls PREEMPTED, and the successor goes on."""
+    run = submit("--partition", "low", "--continue-by", "successor")
+    run.slurm("scontrol", "update", "partitionname=low", "preemptmode=cancel", "gracetime=0")
     try:
-        run.lift_hold()
+        wait_for_step(run.paths, 10)
+        second = run.successor()
+        run.preempt()
+        run.eventually(lambda: run.state(run.job) == "PREEMPTED", 30)
     finally:
-        run.cluster.sandbox.heal("n2")
+        run.slurm("scontrol", "update", "partitionname=low", "preemptmode=requeue", "gracetime=10")
     run.ends_like(twin, twin_digest)
+    assert json.loads(run.paths.attempt(1).process.read_text())["job"] == second
+    assert run.cluster.history(run.job) == ["PREEMPTED"]
+    run.eventually(lambda: run.cluster.history(second) == ["COMPLETED"], 10)
+
+
+def test_node_crash(submit, twin: RunPaths, twin_digest: str):
+    """First another node than the head node, then the head node with the batch shell."""
+    run = submit()
+    for attempt, step in enumerate((10, 35)):
+        wait_for_step(run.paths, step, attempt)
+        head = json.loads(run.paths.attempt(attempt).process.read_text())["host"]
+        victim = head if attempt else next(node for node in run.nodes() if node != head)
+        run.cluster.sandbox.crash(victim)
+        assert {machine.name for machine in run.cluster.sandbox.status() if machine.missing} == {victim}
+        try:
+            run.lift_hold()
+        finally:
+            run.cluster.sandbox.heal(victim)
+    run.ends_like(twin, twin_digest)
+    assert len(run.paths.attempt_numbers()) == 3
+    run.eventually(lambda: run.cluster.history(run.job) == ["NODE_FAIL", "NODE_FAIL", "COMPLETED"], 10)
 
 
 def test_cut_node_writes_nothing_any_more(submit, twin: RunPaths, twin_digest: str):
@@ -238,32 +194,6 @@ def test_run_goes_on_without_a_node_whose_ranks_die(submit, node: str, twin: Run
     successor = json.loads(run.paths.attempt(1).process.read_text())["job"]
     nodes = run.slurm("squeue", "-h", "-t", "all", "-j", successor, "-o", "%N").strip()
     assert node not in run.slurm("scontrol", "show", "hostnames", nodes).split()
-
-
-@contextlib.contextmanager
-def deadly(run: Run, node: str) -> Iterator[None]:
-    """Kill every rank of the run on a node as soon as it writes its log."""
-    space, done = os.readlink(f"/proc/{machine_pid(run, node)}/ns/pid"), threading.Event()
-
-    def kill() -> None:
-        while not done.wait(0.05):
-            for rank in find_ranks(run.paths):
-                with contextlib.suppress(OSError, psutil.Error):
-                    if os.readlink(f"/proc/{rank.pid}/ns/pid") == space:
-                        rank.kill()
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    try:
-        yield
-    finally:
-        done.set()
-        killer.join()
-
-
-def machine_pid(run: Run, node: str) -> int:
-    """PID 1 of a node, as this machine numbers it."""
-    return json.loads(run.cluster.sandbox.layout.identity(node).read_text())["pid"]
 
 
 def test_controller_restart_is_not_noticed(submit, twin: RunPaths, twin_digest: str):

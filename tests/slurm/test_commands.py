@@ -12,7 +12,7 @@ import pytest
 from encdec.files import RunPaths
 from encdec.records import read_json_lines
 from tests.conftest import wait_for_step, wait_until
-from tests.slurm.conftest import Cluster, ledger, outcome
+from tests.slurm.conftest import Cluster, ledger, outcome, ranks_on_all_nodes
 
 pytestmark = pytest.mark.slurm
 
@@ -33,16 +33,6 @@ def verb(cluster: Cluster, paths: RunPaths, module: str, *flags: str) -> str:
 
 def status(cluster: Cluster, paths: RunPaths) -> dict:
     return json.loads(verb(cluster, paths, "status", "--json"))["runs"][0]
-
-
-def ranks_on_all_nodes(paths: RunPaths) -> list[psutil.Process]:
-    """Grandchildren of the tasks that submitit started for the run: the sandbox's nodes are this machine."""
-    tasks = [
-        process
-        for process in psutil.process_iter(["name", "cmdline"])
-        if process.info["name"].startswith("python") and str(paths.submitit) in (process.info["cmdline"] or [])
-    ]
-    return [child for task in tasks for child in task.children(recursive=True) if child.ppid() != task.pid]
 
 
 def test_pending_job_is_cancelled_before_it_ran(cluster: Cluster, paths: RunPaths, eventually: Callable[..., None]):
@@ -99,7 +89,6 @@ def test_cancel_during_the_save_of_a_warned_job_is_final(
     job = cluster.queue(paths, *LONG)
     wait_for_step(paths, 5)
     ranks = ranks_on_all_nodes(paths)
-    assert len(ranks) >= 2
     for rank in ranks:
         rank.suspend()  # a save that takes its time
     cluster.sandbox.run("scancel", "--signal=USR2", job)

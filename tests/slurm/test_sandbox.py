@@ -116,18 +116,6 @@ def test_high_preempts_low_with_a_warning(sandbox: Sandbox, workspace: Path, eve
 
 
 @slurm
-def test_crash_fails_the_node_and_requeues_its_job(sandbox: Sandbox, eventually: Callable[..., None]) -> None:
-    job = submit(sandbox, "--requeue", "--nodes=2", "--nodelist=n1,n2", "--exclude=n3,n4", FOREVER, "--wrap=sleep 600")
-    eventually(lambda: history(sandbox, job) == ["RUNNING"], 10)
-    sandbox.crash("n2")
-    assert {machine.name for machine in sandbox.status() if machine.missing} == {"n2"}
-    start_again(sandbox, job, eventually)
-    sandbox.heal("n2")
-    eventually(lambda: history(sandbox, job) == ["NODE_FAIL", "RUNNING"], 30)
-    sandbox.run("scancel", job)
-
-
-@slurm
 def test_cut_node_works_on_beside_its_successor(
     sandbox: Sandbox, workspace: Path, eventually: Callable[..., None]
 ) -> None:

@@ -8,9 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from encdec.files import RunPaths
-from encdec.records import read_json_lines
 from tests.conftest import losses, wait_for_step
-from tests.slurm.conftest import Cluster, ledger, lift_hold, outcome
+from tests.slurm.conftest import Cluster, ledger, outcome
 
 pytestmark = pytest.mark.slurm
 
@@ -36,30 +35,6 @@ def test_two_nodes_compute_what_one_machine_computes(
     code, output = cluster.submit(paths, "--wait")
     assert code == 0 and "nothing left to do" in output
     assert paths.attempt_numbers() == [0] and len(ledger(paths.events, "submitted")) == 1
-
-
-def test_warned_job_saves_requeues_and_computes_no_step_twice(
-    cluster: Cluster, twin: RunPaths, twin_digest: str, eventually: Callable[..., None]
-):
-    paths = RunPaths(cluster.lab.root / "run")
-    job = cluster.queue(paths)
-    wait_for_step(paths, 10)
-    cluster.sandbox.run("scancel", "--signal=USR2", job)
-    eventually(lambda: cluster.sandbox.run("squeue", "-h", "-j", job, "-o", "%T") == "PENDING\n", 20)
-    lift_hold(cluster.sandbox, job)
-    code, output = cluster.submit(paths, "--wait")  # the same command finds the job and follows it
-    assert code == 0, output
-    assert f"job {job} is this run's already" in output
-    assert len(ledger(paths.events, "submitted")) == 1
-    ended = outcome(paths)
-    assert (ended["cause"], ended["exit_code"], ended["checkpoint_verified"]) == ("signalled", 75, True)
-    assert len(ledger(paths.attempt(0).events("node-0"), "requeued")) == 1
-    assert paths.attempt_numbers() == [0, 1]
-    steps = [[record["step"] for record in read_json_lines(paths.attempt(n).steps)] for n in (0, 1)]
-    assert steps == [list(range(1, ended["step"] + 1)), list(range(ended["step"] + 1, 61))]
-    assert losses(paths) == losses(twin)
-    assert cluster.lab.digest(paths.checkpoints / "step-60") == twin_digest
-    eventually(lambda: cluster.history(job) == ["REQUEUED", "COMPLETED"], 10)
 
 
 def test_scancel_is_final_and_loses_no_step(cluster: Cluster, eventually: Callable[..., None]):
