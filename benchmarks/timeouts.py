@@ -50,7 +50,7 @@ def warn(job: SlurmJob, attempt: int) -> None:
         if not lifted and job.paths.attempt(attempt).outcome.is_file():
             queued = job.sandbox.run("squeue", "-h", "-j", current, "-o", "%T %r", check=False).split()
             if queued == ["PENDING", "BeginTime"]:
-                job.sandbox.run("scontrol", "update", f"jobid={current}", "starttime=now+1")
+                job.sandbox.run("scontrol", "update", f"jobid={current}", "starttime=now")
                 lifted = True
         return has_stepped(job, attempt + 1)
 

@@ -189,6 +189,14 @@ class RunPaths:
     def attempt(self, number: int) -> AttemptPaths:
         return AttemptPaths(self.attempts / str(number))
 
+    def announcement(self, start: str) -> Path:
+        """What the head node of a start of a Slurm job tells the other nodes."""
+        return self.attempts / f"start-{start}.json"
+
+    def announcements(self) -> list[Path]:
+        """Those of all starts so far."""
+        return sorted(self.attempts.glob("start-*.json"))
+
     @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"

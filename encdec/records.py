@@ -259,6 +259,8 @@ class JobRecord:
     """Job id; None while sbatch has not answered."""
     submitted: float
     """Seconds since the epoch."""
+    attempts_before: int = 0
+    """Attempts of the run before this submission: they count in no limit any more."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -270,6 +272,8 @@ class ContinuationRecord:
 
     job: str
     successor: str | None = None
+    cancelled: bool = False
+    """Whether the job saw that a user cancelled it: nothing goes on."""
     excluded: str | None = None
     """Nodes that later jobs of the run keep away from, as sbatch's --exclude takes them."""
 

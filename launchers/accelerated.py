@@ -24,7 +24,7 @@ from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.launcher import api as torch_launcher
 
 from encdec.files import RunPaths
-from launchers.elastic import SECONDS_BETWEEN_LOOKS, UNLIMITED, RankLogs, Supervisor, spare_telemetry
+from launchers.elastic import SECONDS_BETWEEN_LOOKS, SECONDS_TO_MEET, UNLIMITED, RankLogs, Supervisor, spare_telemetry
 from launchers.node import NodeJob, Watcher, network_variables
 
 TRAIN = "encdec.train"
@@ -76,7 +76,7 @@ def arguments(job: NodeJob, logs: Path) -> list[str]:
         "main_process_ip": address,
         "main_process_port": port,
         "rdzv_backend": "c10d",
-        "rdzv_conf": f"is_host={job.node_rank == 0}",
+        "rdzv_conf": f"is_host={job.node_rank == 0},read_timeout={SECONDS_TO_MEET}",
         "max_restarts": UNLIMITED,
         "monitor_interval": SECONDS_BETWEEN_LOOKS,
         "log_dir": logs,

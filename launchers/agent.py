@@ -18,12 +18,9 @@ from encdec.files import AttemptPaths
 from encdec.records import JsonLinesWriter, RankResult, Refusal, event, read_record, read_steps
 from launchers.forkserver import early_signals
 from launchers.node import NodeJob, RankGroup, Watcher
-from launchers.outcomes import AttemptFacts
+from launchers.outcomes import DEADLINE, WARNINGS, AttemptFacts
 
 FORWARDED = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-DEADLINE = "the time limit"
-"""In place of a signal's name."""
-WARNINGS = ("SIGUSR2", "SIGTERM", DEADLINE)
 SECONDS_BETWEEN_FORWARDS = 1.0
 SECONDS_BETWEEN_HEARTBEATS = 10.0
 
@@ -35,7 +32,7 @@ class NodeAgent:
         job: what to run.
         paths: the attempt's folder.
         deadline: asked at every look: whether the time is up although no signal says so.
-        warned: called once, after the ranks, when the time is running out.
+        warned: called once a kind of warning, after the ranks.
     """
 
     def __init__(
@@ -48,7 +45,7 @@ class NodeAgent:
     ) -> None:
         self.job, self.paths = job, paths
         self._deadline, self._warned = deadline, warned
-        self._told_of_warning = False
+        self._told_of: set[str] = set()
         self.failures: list[str] = []
         self.stop_signal: str | None = None
         self._events = JsonLinesWriter(paths.events(f"node-{job.node_rank}"))
@@ -111,8 +108,8 @@ class NodeAgent:
         if self.stop_signal and now >= self._next_forward:
             self._next_forward = now + SECONDS_BETWEEN_FORWARDS  # again and again: a rank may not have listened yet
             self._forward()
-        if self.stop_signal in WARNINGS and not self._told_of_warning:
-            self._told_of_warning = True
+        if self.stop_signal in (*WARNINGS, "SIGTERM") and self.stop_signal not in self._told_of:
+            self._told_of.add(self.stop_signal)
             with told_if_refused():
                 self._warned(self.stop_signal, self._events)
 

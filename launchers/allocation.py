@@ -142,7 +142,7 @@ def join(allocation: Allocation, paths: RunPaths) -> Seat | int:
 
 
 def announcement(allocation: Allocation, paths: RunPaths) -> Path:
-    return paths.attempts / f"start-{allocation.start}.json"
+    return paths.announcement(allocation.start)
 
 
 def identify_process(path: Path, **place: str) -> None:

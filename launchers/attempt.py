@@ -25,7 +25,7 @@ from launchers.allocation import (
     wait_for_others,
 )
 from launchers.continuation import Continuation, Deadline
-from launchers.launch_options import read_launch_options
+from launchers.launch_options import newest_stop_seconds, read_launch_options
 from launchers.node import NodeJob
 from launchers.outcomes import judge
 
@@ -53,7 +53,7 @@ def run_attempt(paths: RunPaths) -> int:
     attempt = paths.attempt(job.attempt)
     with JsonLinesWriter(attempt.events("node-0")) as ledger:
         continuation.begin(ledger)
-    deadline = Deadline(allocation.job, continuation.options.lead_seconds)
+    deadline = Deadline(allocation.job, continuation.options.lead_seconds, lambda: newest_stop_seconds(attempt))
     agent = NodeAgent(job, attempt, deadline=deadline.passed, warned=continuation.warned)
     return lead_attempt(paths, job, agent, continuation)
 
@@ -137,7 +137,7 @@ def slurm_job(run: RunConfig, paths: RunPaths, seat: Seat, allocation: Allocatio
         node_rank=allocation.node_rank,
         ranks=run.ranks_per_node,
         endpoint=seat.endpoint,
-        rendezvous_id=allocation.start,
+        rendezvous_id=f"{allocation.start}.{seat.attempt}",
         max_restarts=MAX_FRUITLESS_RESTARTS,
         address=seat.address,
         interface=seat.interface,

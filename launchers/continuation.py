@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from encdec.errors import ExitCode
@@ -27,11 +28,16 @@ from encdec.records import (
 )
 from launchers import slurm
 from launchers.allocation import Allocation, Declined
-from launchers.launch_options import PastAttempt, read_launch_options, why_given_up
+from launchers.launch_options import PastAttempt, lead_seconds, read_launch_options, why_given_up
 from launchers.outcomes import Move, next_move, node_to_blame
 from launchers.run_status import read_status
 
 SECONDS_BETWEEN_DEADLINE_LOOKS = 1.0
+SECONDS_BETWEEN_MEASUREMENTS = 60.0
+SECONDS_TO_BE_ANSWERED = 300.0
+SECONDS_BETWEEN_QUESTIONS = 10.0
+GOING_ON = (slurm.Ending.NONE, slurm.Ending.PREEMPTED)
+"""Endings after which nothing but a successor that waits already may go on."""
 
 
 @dataclass
@@ -47,6 +53,7 @@ class Continuation:
     allocation: Allocation
     _successor: str | None = field(default=None, init=False)
     _excluded: str | None = field(default=None, init=False)
+    _cancelled: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self.options = read_launch_options(self.paths)
@@ -65,12 +72,24 @@ class Continuation:
         before = self._record()
         if before is None or before.job == self.allocation.job:
             return None
-        state = slurm.job_state(before.job)
+        state = self._end_of(before)
         if state == "CANCELLED" and not self._was_submitted():
             return Declined(f"job {before.job}, which this one was to continue, was cancelled", ExitCode.COMPLETE)
         if before.successor != self.allocation.job and state not in slurm.END_STATES:
             return Declined(f"job {before.job}, which is {state}, runs this run", ExitCode.CONFIG_WRONG)
         return None
+
+    @staticmethod
+    def _end_of(before: ContinuationRecord) -> str:
+        """How the job before this one ended, in Slurm's words; its own word where a user cancelled it. A controller
+        that does not answer yet is given time: it may have to say just that.
+        """
+        state = "CANCELLED" if before.cancelled else slurm.job_state(before.job)
+        deadline = time.monotonic() + SECONDS_TO_BE_ANSWERED
+        while state == slurm.UNKNOWN and time.monotonic() < deadline:
+            time.sleep(SECONDS_BETWEEN_QUESTIONS)
+            state = slurm.job_state(before.job)
+        return state
 
     def _was_submitted(self) -> bool:
         """Whether a person has submitted this job since, and it is no successor."""
@@ -101,10 +120,15 @@ class Continuation:
     # ---- when it is warned
 
     def warned(self, signal_name: str, ledger: JsonLinesWriter) -> None:
-        """Time is running out: spread the net before the save, which may take longer than there is time."""
-        if self._successor is not None or self._given_up():
-            return
-        if signal_name != "SIGTERM" or self._ending() is slurm.Ending.NONE:
+        """Time is running out: spread the net before the save, which may take longer than there is time. Or take it in:
+        a user's scancel comes as SIGTERM, and may leave no time to do that after the save.
+        """
+        ending = self._ending() if signal_name == "SIGTERM" else slurm.Ending.NONE
+        if ending is slurm.Ending.CANCELLED:
+            self._cancelled = True
+            self._write()
+            self._cancel_successor(ledger)
+        elif ending in GOING_ON and self._successor is None and not self._given_up():
             self._queue_successor(ledger)
 
     # ---- after its outcome
@@ -133,12 +157,14 @@ class Continuation:
             self._go_elsewhere(str(outcome.bad_node), ledger)
         elif move is not Move.LEAVE:
             self._cancel_successor(ledger)
+        elif ending is slurm.Ending.PREEMPTED and self._successor is None and not self._given_up():
+            self._queue_successor(ledger)
 
     # ---- parts
 
     def _ending(self) -> slurm.Ending:
         facts = slurm.job_facts(self.allocation.job)
-        return slurm.why_ending(facts, restarts=self.allocation.restarts, now=time.time())
+        return slurm.why_ending(facts, restarts=self.allocation.restarts)
 
     def _given_up(self) -> str | None:
         return why_given_up(self.options, past_attempts(self.paths))
@@ -150,6 +176,8 @@ class Continuation:
         requeued = self.options.continue_by == "requeue" and self._requeue(ledger)
         if not requeued and self._successor is None:
             self._queue_successor(ledger)
+        if not requeued and self._successor is None and self.options.continue_by == "successor":
+            self._requeue(ledger)  # a site may limit how many jobs a user has in the queue
 
     def _go_elsewhere(self, node: str, ledger: JsonLinesWriter) -> None:
         """A successor without the bad node, nor those that this job kept away from already."""
@@ -191,14 +219,17 @@ class Continuation:
         return read_record(file, ContinuationRecord) if file.is_file() else None
 
     def _write(self) -> None:
-        record = ContinuationRecord(job=self.allocation.job, successor=self._successor, excluded=self._excluded)
+        record = ContinuationRecord(
+            job=self.allocation.job, successor=self._successor, cancelled=self._cancelled, excluded=self._excluded
+        )
         atomic_write_json(self.paths.continuation, record.to_json())
 
 
 def past_attempts(paths: RunPaths) -> list[PastAttempt]:
-    """All attempts so far, oldest first."""
+    """The attempts since the newest submission, oldest first: a person has looked at those before."""
+    submitted = read_record(paths.job, JobRecord) if paths.job.is_file() else None
     past = []
-    for number in paths.attempt_numbers():
+    for number in paths.attempt_numbers()[submitted.attempts_before if submitted else 0 :]:
         attempt = paths.attempt(number)
         best = max((int(record["step"]) for record in read_steps(attempt.steps)), default=0)
         outcome = read_record(attempt.outcome, Outcome) if attempt.outcome.is_file() else None
@@ -211,24 +242,36 @@ class Deadline:
     """Acts where a warning signal never came: by the job's own end time.
 
     Args:
-        job: the Slurm job.
-        lead_seconds: how long before its end to stop.
+        job: the Slurm job, which has just begun.
+        lead: how long before its end to stop, seconds; more once a stop is seen to take longer, and never more than a
+            third of the job's time, or it would do nothing but stop.
+        stop_seconds: what a stop takes as far as this attempt knows, asked once in SECONDS_BETWEEN_MEASUREMENTS.
     """
 
-    def __init__(self, job: str, lead_seconds: float) -> None:
-        self._job, self._lead = job, lead_seconds
+    def __init__(self, job: str, lead: float, stop_seconds: Callable[[], float | None] = lambda: None) -> None:
+        self._job, self._asked, self._stop_seconds = job, lead, stop_seconds
+        self._begun = time.time()
         self._end = parse_epoch(os.environ.get("SLURM_JOB_END_TIME")) or slurm.end_time(job)
-        self._next_look = 0.0
+        self._measured: float | None = None
+        self._next_look = self._next_measurement = 0.0
 
     def passed(self) -> bool:
         """Whether it is time to stop. The limit may have been raised: Slurm is asked again before the answer is yes."""
         if self._end is None or time.monotonic() < self._next_look:
             return False
         self._next_look = time.monotonic() + SECONDS_BETWEEN_DEADLINE_LOOKS
-        if time.time() < self._end - self._lead:
+        if time.monotonic() >= self._next_measurement:
+            self._next_measurement = time.monotonic() + SECONDS_BETWEEN_MEASUREMENTS
+            self._measured = self._stop_seconds()
+        if time.time() < self._end - self._lead(self._end):
             return False
         self._end = slurm.end_time(self._job) or self._end
-        return time.time() >= self._end - self._lead
+        return time.time() >= self._end - self._lead(self._end)
+
+    def _lead(self, end: float) -> float:
+        limit = end - self._begun
+        needed = 0.0 if self._measured is None else lead_seconds(self._measured, limit)
+        return max(min(self._asked, limit / 3), needed)
 
 
 def parse_epoch(text: str | None) -> float | None:

@@ -192,8 +192,8 @@ def where_instead(paths: RunPaths) -> str:
 
 def release(job: str, said: slurm.JobState) -> str:
     """Let a job that waits start as soon as there is room."""
-    require(slurm.start_now(job, held=said.reason == "JobHeldUser"), job, said)
-    if said.reason in ("BeginTime", "JobHeldUser"):
+    require(slurm.start_now(job, held=said.held), job, said)
+    if said.held or said.reason == "BeginTime":
         return f"job {job}, which waited for {said.reason}, may start now"
     return f"job {job} waits already ({said.reason}) and starts by itself"
 

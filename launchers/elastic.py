@@ -23,6 +23,8 @@ from launchers.rank import run_rank
 
 SECONDS_BETWEEN_LOOKS = 0.02
 SECONDS_BETWEEN_LOOKS_AT_OTHERS = 1.0
+SECONDS_TO_MEET = 600
+"""How long a node tries to reach the head node's store, which begins to listen when its agent has loaded torch."""
 UNLIMITED = 2**31 - 1
 log = logging.getLogger(__name__)
 
@@ -136,6 +138,7 @@ def supervise(agent: Watcher, logs: Path) -> bool:
         max_nodes=job.nodes,
         local_addr=job.address,
         is_host=job.node_rank == 0,
+        read_timeout=SECONDS_TO_MEET,
     )
     spec = WorkerSpec(
         role="rank",

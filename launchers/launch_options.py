@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
-from encdec.files import RunPaths, atomic_write_json
-from encdec.records import read_json_lines, read_record, read_steps
+from encdec.files import AttemptPaths, RunPaths, atomic_write_json
+from encdec.records import read_ends, read_json_lines, read_record, read_steps
 
 ContinueBy = Literal["requeue", "successor"]
 CONTINUE_BY: tuple[str, ...] = get_args(ContinueBy)
@@ -78,6 +78,13 @@ def measured_stop_seconds(paths: RunPaths) -> float | None:
     saves = [r["seconds"] for a in attempts for r in read_json_lines(a.events("rank-0")) if r["event"] == "saved"]
     steps = [r["step_seconds"] for a in attempts for r in read_steps(a.steps)]
     return max(steps, default=0.0) + 2 * max(saves) if saves else None
+
+
+def newest_stop_seconds(attempt: AttemptPaths) -> float | None:
+    """As ``measured_stop_seconds``, of one attempt and by its last step only: cheap enough to ask now and then."""
+    saves = [r["seconds"] for r in read_json_lines(attempt.events("rank-0")) if r["event"] == "saved"]
+    _, last = read_ends(attempt.steps)
+    return (last or {}).get("step_seconds", 0.0) + 2 * max(saves) if saves else None
 
 
 def limit_seconds(text: str) -> float:

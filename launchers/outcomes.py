@@ -38,6 +38,12 @@ DEATHS_TO_BLAME_A_NODE = 3
 """Restarts in a row, of the last DEATHS_TO_BLAME_A_NODE + 1, that a rank of the same node must have begun by dying."""
 
 
+DEADLINE = "the time limit"
+"""In place of a signal's name."""
+WARNINGS = ("SIGUSR2", DEADLINE)
+"""What says that the time is running out, and nothing else."""
+
+
 class Move(StrEnum):
     """What a start of a Slurm job is followed by."""
 
@@ -60,6 +66,8 @@ def next_move(outcome: Outcome, stop_signal: str | None, ending: Ending) -> Move
     """
     if outcome.cause == "bad_node":
         return Move.ELSEWHERE
+    if outcome.cause == "crash" and stop_signal in WARNINGS:
+        return Move.LEAVE  # the save may have been cut off by what the warning was about
     if outcome.cause != "signalled" or ending is Ending.CANCELLED or stop_signal == "SIGINT":
         return Move.STOP
     if ending in (Ending.REQUEUE, Ending.PREEMPTED):

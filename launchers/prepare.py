@@ -7,7 +7,7 @@ import sys
 from argparse import Namespace
 
 from encdec.command_line import exit_code_of
-from encdec.errors import MissingPrerequisite
+from encdec.errors import ConfigError, MissingPrerequisite
 from encdec.files import RunPaths
 from launchers.arguments import asked_run, parse_prepare
 from launchers.cluster import require_text
@@ -33,6 +33,12 @@ def prepare(arguments: Namespace) -> int:
             "launchers.prepare runs inside a batch job",
             found="no SLURM_JOB_ID",
             remedy=f"Type sbatch slurm/{arguments.phase}.sbatch",
+        )
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        raise ConfigError(
+            "A phase is one job, which requeues itself: it cannot be a task of an array",
+            found=f"task {os.environ.get('SLURM_ARRAY_TASK_ID')} of array {os.environ['SLURM_ARRAY_JOB_ID']}",
+            remedy="Submit without --array; for several runs give each its own --run-dir",
         )
     arguments.cluster_file = read_cluster_file(arguments.cluster)
     run = asked_run(arguments)

@@ -40,10 +40,11 @@ def start(paths: RunPaths, run: RunConfig, arguments: Namespace) -> str:
 
     Raises:
         ConfigError: sbatch refused; nothing is queued.
+        Unanswered: nobody knows whether anything is.
         RunDirectoryError: the snapshot of the code is gone.
     """
     options = make_ready(paths, arguments)
-    record = JobRecord(submission=secrets.token_hex(4), job=None, submitted=time.time())
+    record = new_record(paths, job=None)
     atomic_write_json(paths.job, record.to_json())
     request = job_request(paths, run, arguments, options, submission=record.submission)
     executor = submitit.SlurmExecutor(folder=paths.submitit, python=request.starter)
@@ -78,12 +79,18 @@ def enter(paths: RunPaths, run: RunConfig, arguments: Namespace, job: str) -> No
     """
     arguments.sbatch = slurm.flags_of(slurm.job_facts(job))
     options = make_ready(paths, arguments)
-    record = JobRecord(submission=secrets.token_hex(4), job=job, submitted=time.time())
+    record = new_record(paths, job=job)
     request = job_request(paths, run, arguments, options, submission=record.submission)
     atomic_write_text(paths.sbatch, job_text(request, job))
     atomic_write_json(paths.job, record.to_json())
     note(paths, "submitted", cluster="slurm", job=job)
     slurm.describe(job, f"encdec run {paths.root}")  # a later start of the job finds the run by it
+
+
+def new_record(paths: RunPaths, *, job: str | None) -> JobRecord:
+    """That of a submission that is made now."""
+    before = len(paths.attempt_numbers())
+    return JobRecord(submission=secrets.token_hex(4), job=job, submitted=time.time(), attempts_before=before)
 
 
 def make_ready(paths: RunPaths, arguments: Namespace) -> LaunchOptions:
@@ -92,6 +99,8 @@ def make_ready(paths: RunPaths, arguments: Namespace) -> LaunchOptions:
     paths.make()
     paths.stop_request.unlink(missing_ok=True)  # must not stop the next attempt
     paths.continuation.unlink(missing_ok=True)  # its jobs have ended
+    for announcement in paths.announcements():  # a cluster that begins anew counts its jobs from 1 again
+        announcement.unlink()
     options = launch_options(paths, arguments)
     options.write(paths)
     return options
@@ -120,7 +129,11 @@ def job_request(
 
 
 def reconcile(paths: RunPaths, run: RunConfig) -> None:
-    """Find the job of a submission whose launcher died before it could write down the id."""
+    """Find the job of a submission whose launcher died before it could write down the id.
+
+    Raises:
+        Unanswered: Slurm does not say whether there is one.
+    """
     if not paths.job.is_file():
         return
     record = read_record(paths.job, JobRecord)
@@ -146,9 +159,11 @@ def adopt(paths: RunPaths, record: JobRecord) -> None:
 
 @contextlib.contextmanager
 def removed_if_refused(paths: RunPaths, *, fresh: bool) -> Iterator[None]:
-    """A run directory that was made for a refused submission goes again."""
+    """A run directory that was made for a refused submission goes again; not where a job may be queued."""
     try:
         yield
+    except slurm.Unanswered:
+        raise
     except EncdecError:
         if fresh:
             shutil.rmtree(paths.root)

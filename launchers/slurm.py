@@ -31,6 +31,7 @@ SOON = "now+2"
 of the job's start before, and Slurm then calls the job FAILED ("Job credential revoked").
 """
 
+TASTES = ("SQUEUE_", "SACCT_", "SINFO_", "SCANCEL_", "SLURM_TIME_FORMAT")
 KEPT = frozenset({"SLURM_CONF", "SLURM_JWT", "SLURM_CLUSTERS"})
 """Which cluster, and as whom: not facts of the job that this shell may be part of."""
 
@@ -52,6 +53,12 @@ FIELD_OF_FLAG = {
     "cpus-per-task": "CPUs/Task", "mem": "MinMemoryNode", "mem-per-cpu": "MinMemoryCPU", "gres": "TresPerNode",
 }  # fmt: skip
 """sbatch's flag -> field of ``scontrol show job`` that says what a job got."""
+GPU_FLAG_OF_FIELD = {"TresPerJob": "gpus", "TresPerTask": "gpus-per-task"}
+"""Field of ``scontrol show job`` -> flag that asks for GPUs otherwise than by node."""
+
+
+class Unanswered(EncdecError):
+    """Slurm does not say what must be known before anything is done."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +72,15 @@ class Answer:
 
 
 def ask(*command: str, environment: Mapping[str, str] | None = None) -> Answer:
-    """Run one Slurm command, in this process's environment unless another is given; failing is an answer, too."""
+    """Run one Slurm command, in this process's environment unless another is given; failing is an answer, too.
+
+    A user's own filters and formats are left out: a job that they hide would be taken for one that has ended.
+    """
+    given = os.environ if environment is None else environment
+    plain = {name: value for name, value in given.items() if not name.startswith(TASTES)}
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_SECONDS, check=False, env=environment
+            command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_SECONDS, check=False, env=plain
         )
     except FileNotFoundError:
         return Answer(False, "", f"no {command[0]} on PATH")
@@ -136,6 +148,11 @@ class JobState:
     @property
     def ended(self) -> bool:
         return self.state in END_STATES
+
+    @property
+    def held(self) -> bool:
+        """Whether it waits until its user releases it; so does a job whose prolog has failed."""
+        return self.reason in ("JobHeldUser", "JobHoldMaxRequeue") or "held" in self.reason.lower().split()
 
 
 def job_states(jobs: Sequence[str]) -> dict[str, JobState]:
@@ -227,16 +244,20 @@ def flags_of(facts: Mapping[str, str]) -> dict[str, str | bool]:
     gres = re.match(r"gres[:/](.+)", str(flags.pop("gres", "")))
     if gres:
         flags["gres"] = gres.group(1).replace(",gres/", ",").replace(",gres:", ",")
+    for field, flag in GPU_FLAG_OF_FIELD.items():
+        gpus = re.match(r"gres[:/]gpu[:=](.+)", facts.get(field, ""))
+        if gpus:
+            flags[flag] = gpus.group(1)
     if facts.get("OverSubscribe") == "NO":
         flags["exclusive"] = True
     return flags
 
 
-def why_ending(facts: Mapping[str, str], *, restarts: int, now: float) -> Ending:
+def why_ending(facts: Mapping[str, str], *, restarts: int) -> Ending:
     """Read the reason from a job's fields, as a task of its start number ``restarts`` sees them after SIGTERM.
 
-    A job on its way to be requeued already counts one restart more; a cancelled one has been given an end that is past,
-    whether a user or a preemption cancelled it: only then has it been preempted since it started.
+    A job on its way to be requeued already counts one restart more; a cancelled one has an end, whether a user or a
+    preemption cancelled it: only then has it been preempted since it started. No time is compared with this machine's.
     """
     if not facts:
         return Ending.UNKNOWN
@@ -245,7 +266,7 @@ def why_ending(facts: Mapping[str, str], *, restarts: int, now: float) -> Ending
     end = parse_time(facts.get("EndTime", ""))
     if int(facts.get("Restarts", "0")) > restarts or (end is None and facts.get("JobState") != "RUNNING"):
         return Ending.REQUEUE
-    if facts.get("JobState") in ("CANCELLED", "COMPLETING", "PREEMPTED") and end is not None and end <= now + 1:
+    if facts.get("JobState") in ("CANCELLED", "COMPLETING", "PREEMPTED") and end is not None:
         preempted = parse_time(facts.get("PreemptTime", ""))
         since = parse_time(facts.get("StartTime", ""))
         return Ending.PREEMPTED if preempted and preempted >= (since or 0.0) else Ending.CANCELLED
@@ -316,9 +337,19 @@ def start_now(job: str, *, held: bool) -> str | None:
 
 
 def find_job(name: str, comment: str) -> str | None:
-    """Id of this user's newest job with that name and comment that waits, runs or ended lately; None: there is none."""
+    """Id of this user's newest job with that name and comment that waits, runs or ended lately; None: there is none.
+
+    Raises:
+        Unanswered: Slurm does not say.
+    """
     answer = ask("squeue", "--noheader", "--me", "--states=all", f"--name={name}", "--format=%i|%k")
-    found = [line.partition("|") for line in answer.out.splitlines()] if answer.ok else []
+    if not answer.ok:
+        raise Unanswered(
+            "Slurm must say whether the job that was handed to it is queued",
+            found=answer.problem,
+            remedy="It may be, and will then run; give the same command again where Slurm answers: it finds the job",
+        )
+    found = [line.partition("|") for line in answer.out.splitlines()]
     ids = [job for job, _, said in found if said.strip() == comment]
     return max(ids, key=int, default=None)
 

@@ -106,7 +106,8 @@ def of_a_live_job(job: str, said: JobState) -> tuple[State, str]:
         return State.RUNNING, f"job {job} is {said.state}"
     why = [said.reason] if said.reason not in ("", "None") else []
     expected = [f"expected to start {clock(said.start)}"] if said.start else []
-    reasons = ", ".join(why + expected)
+    release = ["python -m launchers.requeue releases it"] if said.held else []
+    reasons = ", ".join(why + expected + release)
     return State.PENDING, f"job {job} is PENDING" + (f" ({reasons})" if reasons else "")
 
 

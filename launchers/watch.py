@@ -17,7 +17,7 @@ SECONDS_BETWEEN_SQUEUES = 30.0
 PAUSES_AT_FIRST = (2.0, 4.0, 8.0, 16.0)
 """Seconds between the looks at a job that has claimed no attempt yet: many that die at all die at once."""
 SECONDS_TO_BE_SEEN = 90.0
-"""In which the files of a job that runs must show up here; NFS clients keep what they know for a minute."""
+"""In which the files of a job that runs should show up here; NFS clients keep what they know for a minute."""
 SECONDS_TO_LOOK_AGAIN = 5.0
 """After an end was seen for the first time."""
 
@@ -77,6 +77,7 @@ class Watch:
         """Whether the job has run, and its first node has written nothing."""
         self._ends_seen = 0
         self._running_since: float | None = None
+        self._told_of_silence = False
         self._started: set[str] = set()
         """Jobs that have been seen to start."""
         self._next_squeue = 0.0
@@ -91,7 +92,7 @@ class Watch:
         if time.monotonic() >= self._next_squeue:
             self._look_at_slurm()
             self._look_for_its_host()
-        return self._ends_seen >= LOOKS_TO_BELIEVE_AN_END or (self.unseen and self.state == "CANCELLED")
+        return self._ends_seen >= LOOKS_TO_BELIEVE_AN_END
 
     def close(self) -> None:
         if self._view:
@@ -127,14 +128,17 @@ class Watch:
         return read_record(self._paths.attempt(self.number).outcome, Outcome).exit_code
 
     def _look_for_its_host(self) -> None:
-        """The first node of a job leaves its name in the run directory; one that cannot is cancelled."""
+        """The first node of a job leaves its name in the run directory; a job that cannot ends by itself."""
         if self.number is not None or self._paths.batch_host(self.job).exists():
             self.unseen = False
         elif self.state == "RUNNING":
             self._running_since = self._running_since or time.monotonic()
-            if time.monotonic() - self._running_since > SECONDS_TO_BE_SEEN:
-                slurm.cancel(self.job)
-                self.unseen, self.state = True, "CANCELLED"
+            if time.monotonic() - self._running_since > SECONDS_TO_BE_SEEN and not self._told_of_silence:
+                self._told_of_silence = True
+                make_console().print(
+                    f"job {self.job} is RUNNING, but has written nothing to {self._paths.root} yet: a slow prolog, or "
+                    "storage that its node does not see"
+                )
         elif self.state in slurm.END_STATES:
             self.unseen = self.state != "CANCELLED"
 

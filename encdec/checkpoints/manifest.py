@@ -129,10 +129,11 @@ def verify_files(folder: Path, records: Iterable[FileRecord], progress: Callable
 
 
 def verify_names(folder: Path, manifest: Manifest) -> None:
-    """Refuse files that the manifest does not list: they are left over from some other save.
+    """Refuse a folder whose files are not those that the manifest lists: some are left over from another save, or lie
+    in another folder.
 
     Raises:
-        CheckpointError: naming the first such file.
+        CheckpointError: naming the first file that is too many or missing.
         UnreadableCheckpoint: a folder cannot be listed.
     """
     listed = {record.path for record in manifest.files} | {MANIFEST}
@@ -141,6 +142,8 @@ def verify_names(folder: Path, manifest: Manifest) -> None:
     for path in sorted(present):
         if path.relative_to(folder).as_posix() not in listed:
             raise _broken(path, "only files that the manifest lists", "a file that it does not list")
+    for name in sorted(listed - {path.relative_to(folder).as_posix() for path in present}):
+        raise _broken(folder / name, "every file of the manifest", "no such file")
 
 
 def verify(folder: Path, progress: Callable[[int], None] | None = None) -> Manifest:

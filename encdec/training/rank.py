@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 import encdec
 from encdec import distributed
-from encdec.errors import EncdecError
+from encdec.errors import EncdecError, ShardingError
 from encdec.files import RunPaths, atomic_write_json
 from encdec.records import RankResult
 from encdec.tokenization_qwen3_encdec import Qwen3EncoderDecoderTokenizer
@@ -90,6 +90,7 @@ def _train(
     """What a rank does once it has text and a process group."""
     if attempt is None:
         attempt = distributed.on_rank_zero(paths.claim_attempt)
+    require_one_attempt(attempt)
     with storage.explained("The model must be readable", Path(run.config.model.model_name_or_path)):
         model = build_model(run.config, tokenizer)
     if run.phase and run.phase.phase == TrainingPhase.SANITY_CHECK:
@@ -107,6 +108,21 @@ def _train(
         for observer in trainer.observers:
             observer.close()
         dist.destroy_process_group()
+
+
+def require_one_attempt(attempt: int) -> None:
+    """Ranks of two attempts would write their parts of a checkpoint into two folders.
+
+    Raises:
+        ShardingError: they are not all of one.
+    """
+    attempts = sorted(set(distributed.gather(attempt)))
+    if len(attempts) > 1:
+        raise ShardingError(
+            "All ranks must run the same attempt",
+            found=f"attempts {attempts}",
+            remedy="Cancel the run's jobs and give the submit command again",
+        )
 
 
 def refuse(paths: RunPaths, attempt: int, error: EncdecError) -> NoReturn:

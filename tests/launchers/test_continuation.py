@@ -25,7 +25,7 @@ from launchers.launch_options import (
 )
 from launchers.outcomes import Move, next_move, node_to_blame
 from launchers.slurm import Ending
-from tests.launchers.conftest import Play
+from tests.launchers.conftest import UNREACHABLE, Play
 
 STOPPED, FAILED = True, False
 
@@ -64,7 +64,10 @@ def test_node_to_blame(deaths: list[tuple[float, int]], guilty: int | None):
         ("complete", "SIGUSR2", Ending.NONE, Move.STOP),
         ("gate", None, Ending.NONE, Move.STOP),
         ("refused", None, Ending.NONE, Move.STOP),
-        ("crash", "SIGUSR2", Ending.NONE, Move.STOP),
+        ("crash", None, Ending.NONE, Move.STOP),
+        ("crash", "SIGTERM", Ending.NONE, Move.STOP),
+        ("crash", "SIGUSR2", Ending.NONE, Move.LEAVE),  # amid a save that the warning asked for
+        ("signalled", "SIGTERM", Ending.PREEMPTED, Move.LEAVE),
         ("bad_node", None, Ending.NONE, Move.ELSEWHERE),
     ],
 )
@@ -124,6 +127,7 @@ SHOWN = "JobId=12 JobName=run JobState={} Reason={} Dependency=(null) Requeue=1 
     ("state", "reason", "restarts", "end", "ending"),
     [  # as scontrol showed it to a task that had just got SIGTERM, at 09:30:08
         ("COMPLETING", "None", 0, "2026-11-21T09:30:08", Ending.CANCELLED),  # scancel
+        ("COMPLETING", "None", 0, "2126-11-21T09:30:08", Ending.CANCELLED),  # whatever the clock here says
         ("COMPLETING", "None", 1, "2026-11-21T09:35:08", Ending.REQUEUE),  # scontrol requeue
         ("COMPLETING", "TimeLimit", 0, "2026-11-21T09:30:08", Ending.TIME_LIMIT),
         ("RUNNING", "None", 0, "2026-11-21T09:30:18", Ending.NONE),  # preempted, with 10 s of grace
@@ -132,12 +136,11 @@ SHOWN = "JobId=12 JobName=run JobState={} Reason={} Dependency=(null) Requeue=1 
 )
 def test_why_slurm_ends_a_job(play: Play, state: str, reason: str, restarts: int, end: str, ending: Ending):
     play("scontrol", SHOWN.format(state, reason, restarts, end) + "\n")
-    now = datetime.fromisoformat("2026-11-21T09:30:08").timestamp()
-    assert slurm.why_ending(slurm.job_facts("12"), restarts=0, now=now) is ending
+    assert slurm.why_ending(slurm.job_facts("12"), restarts=0) is ending
 
 
 def test_nobody_says_why(play: Play):
-    assert slurm.why_ending(slurm.job_facts("12"), restarts=0, now=0.0) is Ending.UNKNOWN
+    assert slurm.why_ending(slurm.job_facts("12"), restarts=0) is Ending.UNKNOWN
 
 
 def record(paths: RunPaths, job: str, successor: str | None = None) -> None:
@@ -234,6 +237,66 @@ def test_successor_queued_in_advance_keeps_its_place_over_a_requeue(start: Conti
     assert jobs_of(start.paths) == ["12", "13"]
 
 
+def ended(state: str, **more: str) -> str:
+    facts = {"JobState": state, "Reason": "None", "Restarts": "0", "EndTime": "2026-11-21T09:30:08"} | more
+    return "JobId=12 " + " ".join(f"{name}={value}" for name, value in facts.items()) + "\n"
+
+
+def test_scancel_takes_the_successor_along_before_the_save(start: Continuation, play: Play):
+    """The save may take longer than Slurm leaves a cancelled job."""
+    attempt = start.paths.attempt(start.paths.claim_attempt())
+    start._successor = "13"
+    play("scancel")
+    play("scontrol", ended("COMPLETING"))
+    with JsonLinesWriter(attempt.events("node-0")) as ledger:
+        start.warned("SIGTERM", ledger)
+    assert play.calls("scancel") == ["13"]
+    late = Continuation(start.paths, replace(start.allocation, job="13", start="13.0.0"))
+    play("squeue", err=UNREACHABLE, code=1)  # whatever Slurm still knows: the job itself has seen it
+    refused = late.decline()
+    assert refused is not None and "was cancelled" in refused.reason
+
+
+@pytest.mark.parametrize("warned", [True, False])
+def test_preemption_that_cancels_is_followed_by_a_successor(start: Continuation, play: Play, warned: bool):
+    """By requeue, too, where there was no successor before."""
+    attempt = start.paths.attempt(start.paths.claim_attempt())
+    start.paths.sbatch.write_text("#!/bin/bash\n")
+    saved = Outcome(cause="signalled", exit_code=75, step=9, checkpoint="step-9", message="")
+    play("scontrol", ended("COMPLETING", StartTime="2026-11-21T09:00:00", PreemptTime="2026-11-21T09:30:08"))
+    play("sbatch", "13\n")
+    with JsonLinesWriter(attempt.events("node-0")) as ledger:
+        if warned:
+            start.warned("SIGTERM", ledger)
+        start.end(saved, "SIGTERM", ledger)
+    assert len(play.calls("sbatch")) == 1 and jobs_of(start.paths) == ["12", "13"]
+
+
+def test_successor_that_is_refused_is_replaced_by_a_requeue(start: Continuation, play: Play):
+    """A site may limit how many jobs a user has in the queue."""
+    start.options = LaunchOptions(continue_by="successor")
+    attempt = start.paths.attempt(start.paths.claim_attempt())
+    start.paths.sbatch.write_text("#!/bin/bash\n")
+    play("sbatch", err="sbatch: error: QOSMaxSubmitJobPerUserLimit\n", code=1)
+    play("scontrol", "JobId=12 JobState=RUNNING Reason=None Restarts=0 EndTime=2099-01-01T00:00:00\n")
+    warned = Outcome(cause="signalled", exit_code=75, step=9, checkpoint="step-9", message="")
+    with JsonLinesWriter(attempt.events("node-0")) as ledger:
+        start.end(warned, "SIGUSR2", ledger)
+    assert play.calls("scontrol")[-1] == "requeue 12"
+
+
+def test_new_submission_begins_to_count_again(start: Continuation):
+    """A person has looked: what failed before, a full disk, is mended."""
+    failed = Outcome(cause="refused", exit_code=1, step=0, checkpoint=None, message="No space left on device")
+    for _ in range(MAX_FRUITLESS_ATTEMPTS):
+        atomic_write_json(start.paths.attempt(start.paths.claim_attempt()).outcome, failed.to_json())
+    refused = start.decline()
+    assert refused is not None and "5 failed attempts" in refused.reason
+    again = JobRecord(submission="ab", job="12", submitted=1.0, attempts_before=MAX_FRUITLESS_ATTEMPTS)
+    atomic_write_json(start.paths.job, again.to_json())
+    assert start.decline() is None
+
+
 def test_run_goes_on_without_a_bad_node(start: Continuation, play: Play):
     attempt = start.paths.attempt(start.paths.claim_attempt())
     blamed = Outcome(cause="bad_node", exit_code=75, step=9, checkpoint=None, message="", bad_node="n7")
@@ -290,18 +353,29 @@ def test_deadline_asks_again_before_it_says_yes(play: Play):
         text = datetime.fromtimestamp(time.time() + seconds).isoformat(timespec="seconds")
         play("scontrol", f"JobId=12 JobState=RUNNING EndTime={text} Deadline=N/A\n")
 
+    def deadline(lead: float, **facts: Callable[[], float]) -> Deadline:
+        """Of a job that has run for an hour."""
+        made = Deadline("12", lead, **facts)
+        made._begun -= 3600
+        return made
+
     end_in(60)
-    raised = Deadline("12", 100)
+    raised = deadline(100)
     end_in(3600)  # the limit has been raised meanwhile
     assert not raised.passed()
     end_in(60)
-    assert Deadline("12", 100).passed()
-    assert not Deadline("12", 10).passed()
+    assert deadline(100).passed()
+    assert not deadline(10).passed()
+    assert deadline(10, stop_seconds=lambda: 20.0).passed()  # stops have been seen to take that long
+    assert not Deadline("12", 100).passed()  # a job of a minute is not told to stop before it has done anything
     play("scontrol", "JobId=12 EndTime=Unknown\n")
-    assert not Deadline("12", 10).passed()
+    assert not deadline(10).passed()
 
 
 def test_job_is_found_again_by_its_comment(play: Play):
     play("squeue", "17|encdec ab 01\n21|encdec ab 02\n22|(null)\n")
     assert slurm.find_job("run", "encdec ab 02") == "21"
     assert slurm.find_job("run", "encdec ab 03") is None
+    play("squeue", err=UNREACHABLE, code=1)
+    with pytest.raises(slurm.Unanswered, match="It may be"):
+        slurm.find_job("run", "encdec ab 02")

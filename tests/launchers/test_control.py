@@ -206,6 +206,7 @@ def test_running_job_is_requeued_now(running: Story, runs: Path, slurm: Play):
     [
         ("BeginTime", ["update jobid=12 StartTime=now+2"]),
         ("JobHeldUser", ["release 12", "update jobid=12 StartTime=now+2"]),
+        ("launch failed requeued held", ["release 12", "update jobid=12 StartTime=now+2"]),
         ("Priority", ["update jobid=12 StartTime=now+2"]),
     ],
 )

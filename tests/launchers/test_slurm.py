@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import datetime
-
 import pytest
 
 from encdec.errors import ConfigError, EncdecError, MissingPrerequisite
@@ -64,6 +62,18 @@ def test_node_lists_are_expanded_by_scontrol(play: Play, monkeypatch: pytest.Mon
         slurm.expand_nodelist("n[1-2]")
 
 
+def test_users_own_filters_hide_no_job(play: Play, monkeypatch: pytest.MonkeyPatch):
+    (play.folder / "squeue").write_text('#!/bin/sh\n[ -n "$SQUEUE_PARTITION$SLURM_TIME_FORMAT" ] || echo RUNNING\n')
+    monkeypatch.setenv("SQUEUE_PARTITION", "another")
+    monkeypatch.setenv("SLURM_TIME_FORMAT", "relative")
+    assert slurm.job_state("12") == "RUNNING"
+
+
+def test_gpus_asked_for_by_job_or_task_are_asked_for_again():
+    assert slurm.flags_of({"TresPerJob": "gres:gpu:4", "NumNodes": "2"}) == {"nodes": "2", "gpus": "4"}
+    assert slurm.flags_of({"TresPerTask": "gres/gpu=h100:2"}) == {"gpus-per-task": "h100:2"}
+
+
 def test_requeue_is_tried_again_and_tells_why_not(play: Play):
     play("scontrol", err="Invalid job id specified for job 99999\n", code=1)
     assert slurm.requeue("99999") == "Invalid job id specified for job 99999"
@@ -86,8 +96,7 @@ ENDING = "JobId=1 JobState={} Reason=None Requeue=1 Restarts=0 StartTime={} EndT
 )
 def test_preemption_that_cancels_is_no_scancel(play: Play, state: str, started: str, preempted: str, ending: Ending):
     play("scontrol", ENDING.format(state, started, preempted) + "\n")
-    now = datetime.fromisoformat("2026-11-25T21:05:31").timestamp()
-    assert slurm.why_ending(slurm.job_facts("1"), restarts=0, now=now) is ending
+    assert slurm.why_ending(slurm.job_facts("1"), restarts=0) is ending
 
 
 @pytest.mark.parametrize("signal", ["SIGUSR2", "SIGTERM", None])
