@@ -141,8 +141,16 @@ def test_run_without_accelerate_s_configuration_is_refused(lab: Lab, twin: RunPa
 @pytest.mark.parametrize(
     ("place", "endpoint", "expected"),
     [
-        ({"nodes": 1, "node_rank": 0}, "localhost:0", ("1", "0", "4", "localhost", "0", "is_host=True")),
-        ({"nodes": 3, "node_rank": 2}, "10.0.0.1:20007", ("3", "2", "12", "10.0.0.1", "20007", "is_host=False")),
+        (
+            {"nodes": 1, "node_rank": 0},
+            "localhost:0",
+            ("1", "0", "4", "localhost", "0", "is_host=True,read_timeout=600"),
+        ),
+        (
+            {"nodes": 3, "node_rank": 2},
+            "10.0.0.1:20007",
+            ("3", "2", "12", "10.0.0.1", "20007", "is_host=False,read_timeout=600"),
+        ),
     ],
     ids=["one node", "the last of three"],
 )

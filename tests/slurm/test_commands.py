@@ -73,7 +73,9 @@ def test_running_job_is_cancelled_with_a_save_and_continued(
     code, output = cluster.run("launchers.requeue", str(paths.root))
     assert code == 78 and "Start it again: cd " in output and "--continue-by successor" in output
 
+    assert paths.announcement(f"{job}.0.0").is_file()
     again = cluster.queue(paths, *LONG)  # the same run goes on
+    assert not paths.announcement(f"{job}.0.0").exists()  # another cluster may count its jobs from 1 again
     wait_for_step(paths, outcome(paths)["step"] + 1, attempt=1)
     assert not paths.stop_request.exists()
     verb(cluster, paths, "cancel", "--now")

@@ -7,6 +7,7 @@ import os
 import shutil
 import stat
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from torch import nn
 
 from encdec.checkpoints import CheckpointManager, logical_digest
 from encdec.checkpoints import __main__ as command
-from encdec.checkpoints.manifest import MANIFEST, read_manifest, verify
+from encdec.checkpoints.manifest import MANIFEST, FileRecord, read_manifest, verify, verify_names
 from encdec.errors import CheckpointError, FencedError
 from tests.encdec.checkpoints.damage import Lab, flip, payload
 
@@ -78,6 +79,17 @@ def test_damage_is_named_and_the_previous_checkpoint_is_used(saved, name: str):
     shelf = list((manager.output_dir / "quarantine").iterdir())
     assert len(shelf) == 1
     assert reason in (shelf[0] / "REASON").read_text()
+
+
+def test_folder_without_a_file_that_its_manifest_lists_is_not_committed(saved):
+    """A rank may have written its part into another folder."""
+    manager, _ = saved
+    folder = manager.output_dir / "step-3"
+    manifest = read_manifest(folder)
+    verify_names(folder, manifest)
+    elsewhere = FileRecord(path="fsdp2/__1_0.distcp", bytes=8, blake3="00")
+    with pytest.raises(CheckpointError, match="no such file"):
+        verify_names(folder, replace(manifest, files=[*manifest.files, elsewhere]))
 
 
 def test_nothing_valid_means_none(saved):
