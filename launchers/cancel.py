@@ -8,11 +8,11 @@ import sys
 from encdec.command_line import Help, Parser, exit_code_of
 from encdec.errors import EncdecError
 from encdec.files import RunPaths
-from launchers import show
 from launchers.control import cancel
 from launchers.names import add_run, find_run
-from launchers.overview import look
-from launchers.progress import make_console
+from launchers.views import show
+from launchers.views.overview import look
+from launchers.views.progress import make_console
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -13,9 +13,9 @@ from encdec.files import AttemptPaths, RunPaths
 from encdec.records import ProcessRecord, read_json_lines, read_record
 from encdec.training.run_config import read_run_config
 from launchers import local, remote, slurm
-from launchers.continuation import past_attempts
 from launchers.jobs import jobs_of, submission
 from launchers.launch_options import measured_stop_seconds, read_launch_options, why_given_up
+from launchers.nodes.continuation import past_attempts
 from launchers.run_directory import note, usable
 from launchers.run_status import only_starter, read_status
 

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from launchers.forkserver import listen_early, start_forkserver
+from launchers.nodes.forkserver import listen_early, start_forkserver
 
 
 class RunPhase:
@@ -35,7 +35,7 @@ def run(run_dir: Path) -> int:
         start_forkserver()  # before all else: it loads torch while this process is still loading its own modules
     from encdec.errors import EncdecError
     from encdec.files import RunPaths
-    from launchers.attempt import run_attempt
+    from launchers.nodes.attempt import run_attempt
     from launchers.run_directory import usable
 
     paths = RunPaths(run_dir)

@@ -17,13 +17,13 @@ from encdec.errors import EncdecError, RunDirectoryError
 from encdec.files import RunPaths
 from encdec.records import ProcessRecord, read_record
 from encdec.training.run_config import RunConfig
-from launchers import show
 from launchers.interrupts import Interrupts, held_back
 from launchers.job import RunPhase
 from launchers.launch_options import LaunchOptions
-from launchers.progress import Progress
 from launchers.run_directory import code_environment, note, require_snapshot, why_full
 from launchers.run_status import read_status
+from launchers.views import show
+from launchers.views.progress import Progress
 
 MINUTES_PER_YEAR = 365 * 24 * 60
 SECONDS_TO_CLAIM = 600.0

@@ -10,10 +10,10 @@ from pathlib import Path
 from encdec.command_line import Help, Parser, exit_code_of
 from encdec.errors import ConfigError
 from encdec.files import RunPaths
-from launchers import log_files, show
-from launchers.log_following import follow
 from launchers.names import add_run, find_run
 from launchers.run_directory import usable
+from launchers.views import log_files, show
+from launchers.views.log_following import follow
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -6,12 +6,12 @@ import argparse
 import sys
 
 from encdec.command_line import Help, Parser, exit_code_of
-from launchers import show
 from launchers.control import requeue
 from launchers.names import add_run, find_run
-from launchers.overview import RunView, look
-from launchers.progress import make_console
-from launchers.standing import State
+from launchers.views import show
+from launchers.views.overview import RunView, look
+from launchers.views.progress import make_console
+from launchers.views.standing import State
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

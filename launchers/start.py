@@ -7,13 +7,14 @@ from argparse import Namespace
 
 from encdec.files import RunPaths
 from encdec.training.run_config import RunConfig
-from launchers import local, remote, show, watch
+from launchers import local, remote
 from launchers.interrupts import Interrupts
 from launchers.jobs import live_job
 from launchers.launch_options import launch_options
 from launchers.plan import Plan
 from launchers.run_directory import describe, note
 from launchers.run_status import only_starter, read_status, require_not_elsewhere
+from launchers.views import show, watch
 
 
 def run_phase(paths: RunPaths, run: RunConfig, plan: Plan, arguments: Namespace, *, fresh: bool) -> int:

@@ -7,11 +7,11 @@ import json
 import sys
 
 from encdec.command_line import Help, Parser, exit_code_of
-from launchers import show
 from launchers.names import add_run, find_run, runs_under
-from launchers.overview import look
-from launchers.progress import make_console
-from launchers.tables import document, show_runs
+from launchers.views import show
+from launchers.views.overview import look
+from launchers.views.progress import make_console
+from launchers.views.tables import document, show_runs
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

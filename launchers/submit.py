@@ -8,7 +8,6 @@ from dataclasses import replace
 
 from encdec.command_line import exit_code_of
 from encdec.files import RunPaths
-from launchers import show
 from launchers.arguments import asked_run, parse_submit
 from launchers.cluster import choose_cluster, require_devices, require_text
 from launchers.cluster_file import read_cluster_file
@@ -18,6 +17,7 @@ from launchers.remote import job_request
 from launchers.run_directory import choose_directory, find_run, make_or_find, require_accelerate_config, usable
 from launchers.script import require_plain_path, sbatch_text
 from launchers.start import run_phase
+from launchers.views import show
 
 
 def main(argv: list[str] | None = None) -> int:

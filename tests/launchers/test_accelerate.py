@@ -11,8 +11,8 @@ import pytest
 
 from encdec.files import ACCELERATE_CONFIG, RunPaths
 from encdec.records import read_json_lines
-from launchers.accelerated import arguments, torchrun_variables
-from launchers.node import NodeJob
+from launchers.nodes.accelerated import arguments, torchrun_variables
+from launchers.nodes.parts import NodeJob
 from tests.conftest import Lab, agent_of, losses, wait_for_step, wait_until
 
 ACCELERATE = ("--launcher", "accelerate")

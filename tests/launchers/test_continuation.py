@@ -12,8 +12,6 @@ import pytest
 from encdec.files import RunPaths, atomic_write_json
 from encdec.records import ContinuationRecord, JobRecord, JsonLinesWriter, Outcome
 from launchers import slurm
-from launchers.allocation import Allocation
-from launchers.continuation import Continuation, Deadline
 from launchers.jobs import jobs_of, live_job
 from launchers.launch_options import (
     MAX_FRUITLESS_ATTEMPTS,
@@ -23,7 +21,9 @@ from launchers.launch_options import (
     limit_seconds,
     why_given_up,
 )
-from launchers.outcomes import Move, next_move, node_to_blame
+from launchers.nodes.allocation import Allocation
+from launchers.nodes.continuation import Continuation, Deadline
+from launchers.nodes.outcomes import Move, next_move, node_to_blame
 from launchers.slurm import Ending
 from tests.launchers.conftest import UNREACHABLE, Play
 

@@ -16,8 +16,8 @@ import pytest
 
 from encdec.files import RunPaths
 from launchers.run_status import read_status
-from launchers.show import sparkline
 from launchers.submit import main
+from launchers.views.show import sparkline
 from tests.conftest import REPOSITORY, Lab, agent_of, losses, wait_for_step, wait_until
 
 MANY_STEPS = ("--set", "training.save_steps=1000", "--set", "training.num_train_steps=2000")

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from encdec.files import RunPaths
-from launchers import log_following
-from launchers.log_files import error_lines, last_lines
 from launchers.logs import main
+from launchers.views import log_following
+from launchers.views.log_files import error_lines, last_lines
 from tests.conftest import REPOSITORY, wait_until
 from tests.launchers.conftest import Play, Story
 

@@ -7,9 +7,9 @@ import pytest
 from encdec.errors import ConfigError, EncdecError, MissingPrerequisite
 from encdec.records import Outcome
 from launchers import slurm
-from launchers.allocation import address_towards, free_port, interface_of, read_allocation
 from launchers.arguments import parse_submit
-from launchers.outcomes import Move, next_move
+from launchers.nodes.allocation import address_towards, free_port, interface_of, read_allocation
+from launchers.nodes.outcomes import Move, next_move
 from launchers.slurm import Ending
 from tests.launchers.conftest import UNREACHABLE, Play
 

@@ -15,11 +15,11 @@ from encdec.files import RunPaths
 from encdec.records import read_ends
 from launchers import slurm
 from launchers.names import find_run
-from launchers.overview import look
 from launchers.run_directory import note
 from launchers.slurm import JobState
 from launchers.status import main
-from launchers.tables import age
+from launchers.views.overview import look
+from launchers.views.tables import age
 from tests.launchers.conftest import UNREACHABLE, Play, Story
 
 LISTED = "12|RUNNING|None|2026-11-21T09:39:56\n13|PENDING|Dependency|N/A\n14|PENDING|BeginTime|2026-11-21T09:41:45\n"

@@ -9,7 +9,7 @@ import pytest
 
 from encdec.errors import EncdecError
 from encdec.files import RunPaths
-from launchers import overview
+from launchers.views import overview
 from tests.conftest import wait_for_step, wait_until
 from tests.slurm.conftest import deadly, ledger, outcome, standing_still
 

@@ -11,8 +11,8 @@ import pytest
 
 from encdec.files import RunPaths
 from encdec.records import JobRecord, read_record
-from launchers import overview, tables
 from launchers.sandbox.cluster import Sandbox
+from launchers.views import overview, tables
 from tests.conftest import Lab
 from tests.slurm.conftest import Cluster, outcome
 

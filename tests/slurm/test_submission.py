@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from encdec.files import RunPaths
-from launchers import watch
 from launchers.slurm import parse_time
+from launchers.views import watch
 from tests.conftest import losses
 from tests.slurm.conftest import Cluster, ledger
 

@@ -8,9 +8,10 @@ from encdec.command_line import INTERRUPTED
 from encdec.errors import EncdecError, ExitCode, RunDirectoryError
 from encdec.files import RunPaths
 from encdec.records import Outcome, ProcessRecord, read_record
-from launchers import show, slurm
+from launchers import slurm
 from launchers.jobs import LOOKS_TO_BELIEVE_AN_END, jobs_of
-from launchers.progress import Progress, make_console
+from launchers.views import show
+from launchers.views.progress import Progress, make_console
 
 SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_BETWEEN_SQUEUES = 30.0

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from launchers.history import AttemptView
 from launchers.slurm import UNKNOWN, JobState
+from launchers.views.history import AttemptView
 
 
 class State(StrEnum):

@@ -14,12 +14,12 @@ from encdec.errors import EncdecError
 from encdec.files import RunPaths
 from encdec.records import JobRecord, read_json_lines
 from encdec.training.run_config import read_run_config
-from launchers.history import AttemptView, read_attempt
 from launchers.jobs import began_since_submission, newest_jobs, submission
 from launchers.run_directory import usable
 from launchers.run_status import host_of
 from launchers.slurm import JobState, job_states
-from launchers.standing import CONTINUABLE, Standing, State, standing
+from launchers.views.history import AttemptView, read_attempt
+from launchers.views.standing import CONTINUABLE, Standing, State, standing
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,9 @@ from encdec.errors import ExitCode
 from encdec.files import RunPaths
 from encdec.records import Outcome, ProcessRecord, read_record
 from launchers.jobs import began_since_submission, live_job, newest_jobs, submission
-from launchers.log_files import last_lines
 from launchers.run_status import read_status
-from launchers.watch import LOOKS_TO_BELIEVE_AN_END, SECONDS_BETWEEN_LOOKS, SECONDS_BETWEEN_SQUEUES
+from launchers.views.log_files import last_lines
+from launchers.views.watch import LOOKS_TO_BELIEVE_AN_END, SECONDS_BETWEEN_LOOKS, SECONDS_BETWEEN_SQUEUES
 
 
 def follow(paths: RunPaths, newest_log: Callable[[], Path | None], *, lines: int) -> None:

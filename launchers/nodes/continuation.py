@@ -27,9 +27,9 @@ from encdec.records import (
     read_steps,
 )
 from launchers import slurm
-from launchers.allocation import Allocation, Declined
 from launchers.launch_options import PastAttempt, lead_seconds, read_launch_options, why_given_up
-from launchers.outcomes import Move, next_move, node_to_blame
+from launchers.nodes.allocation import Allocation, Declined
+from launchers.nodes.outcomes import Move, next_move, node_to_blame
 from launchers.run_status import read_status
 
 SECONDS_BETWEEN_DEADLINE_LOOKS = 1.0

@@ -24,8 +24,15 @@ from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.launcher import api as torch_launcher
 
 from encdec.files import RunPaths
-from launchers.elastic import SECONDS_BETWEEN_LOOKS, SECONDS_TO_MEET, UNLIMITED, RankLogs, Supervisor, spare_telemetry
-from launchers.node import NodeJob, Watcher, network_variables
+from launchers.nodes.elastic import (
+    SECONDS_BETWEEN_LOOKS,
+    SECONDS_TO_MEET,
+    UNLIMITED,
+    RankLogs,
+    Supervisor,
+    spare_telemetry,
+)
+from launchers.nodes.parts import NodeJob, Watcher, network_variables
 
 TRAIN = "encdec.train"
 

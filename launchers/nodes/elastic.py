@@ -18,8 +18,8 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters, dynamic_r
 from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousError
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-from launchers.node import Watcher
-from launchers.rank import run_rank
+from launchers.nodes.parts import Watcher
+from launchers.nodes.rank import run_rank
 
 SECONDS_BETWEEN_LOOKS = 0.02
 SECONDS_BETWEEN_LOOKS_AT_OTHERS = 1.0

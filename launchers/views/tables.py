@@ -9,10 +9,10 @@ from typing import Any
 
 from rich.table import Table
 
-from launchers.history import AttemptView
-from launchers.overview import RunView
-from launchers.progress import make_console
-from launchers.standing import State
+from launchers.views.history import AttemptView
+from launchers.views.overview import RunView
+from launchers.views.progress import make_console
+from launchers.views.standing import State
 
 COLORS = {
     State.COMPLETE: "green",

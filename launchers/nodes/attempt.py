@@ -12,8 +12,9 @@ from encdec.errors import ExitCode, RunDirectoryError
 from encdec.files import RunPaths, atomic_write_json
 from encdec.records import JsonLinesWriter, event
 from encdec.training.run_config import RunConfig, read_run_config
-from launchers.agent import NodeAgent
-from launchers.allocation import (
+from launchers.launch_options import newest_stop_seconds, read_launch_options
+from launchers.nodes.agent import NodeAgent
+from launchers.nodes.allocation import (
     Allocation,
     Seat,
     decline,
@@ -24,10 +25,9 @@ from launchers.allocation import (
     read_allocation,
     wait_for_others,
 )
-from launchers.continuation import Continuation, Deadline
-from launchers.launch_options import newest_stop_seconds, read_launch_options
-from launchers.node import NodeJob
-from launchers.outcomes import judge
+from launchers.nodes.continuation import Continuation, Deadline
+from launchers.nodes.outcomes import judge
+from launchers.nodes.parts import NodeJob
 
 MAX_FRUITLESS_RESTARTS = 3
 """Restarts in place without a new step before the attempt is given up."""

@@ -16,9 +16,9 @@ from typing import Any
 
 from encdec.files import AttemptPaths
 from encdec.records import JsonLinesWriter, RankResult, Refusal, event, read_record, read_steps
-from launchers.forkserver import early_signals
-from launchers.node import NodeJob, RankGroup, Watcher
-from launchers.outcomes import DEADLINE, WARNINGS, AttemptFacts
+from launchers.nodes.forkserver import early_signals
+from launchers.nodes.outcomes import DEADLINE, WARNINGS, AttemptFacts
+from launchers.nodes.parts import NodeJob, RankGroup, Watcher
 
 FORWARDED = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SECONDS_BETWEEN_FORWARDS = 1.0
@@ -134,10 +134,10 @@ def choose_supervisor(job: NodeJob) -> Callable[[Watcher, Path], bool]:
     the forkserver imports the rest, where ranks are forks of it.
     """
     if job.launcher == "accelerate":
-        from launchers import accelerated
+        from launchers.nodes import accelerated
 
         return accelerated.supervise
-    from launchers import elastic
+    from launchers.nodes import elastic
 
     return elastic.supervise
 

@@ -9,7 +9,7 @@ import signal
 import threading
 
 from encdec.training import lifeline
-from launchers.node import network_variables
+from launchers.nodes.parts import network_variables
 
 
 def run_rank(run_dir: str, attempt: int, interface: str) -> None:

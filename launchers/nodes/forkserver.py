@@ -23,5 +23,5 @@ def listen_early() -> None:
 
 def start_forkserver() -> None:
     """Start it, and multiprocessing's resource tracker with it."""
-    multiprocessing.set_forkserver_preload(["launchers.preload"])
+    multiprocessing.set_forkserver_preload(["launchers.nodes.preload"])
     multiprocessing.forkserver.ensure_running()

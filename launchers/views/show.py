@@ -18,8 +18,8 @@ from encdec.files import RunPaths
 from encdec.records import Outcome, read_record, read_steps
 from encdec.training.run_config import RunConfig, read_run_config
 from launchers.plan import Plan
-from launchers.progress import make_console
 from launchers.run_directory import why_full
+from launchers.views.progress import make_console
 
 SPARKS = "▁▂▃▄▅▆▇█"
 ASCII_SPARKS = "_.-:=+*#"
