@@ -1,43 +1,38 @@
-"""Commits, finds, loads and prunes checkpoints.
-
-A save goes to ``step-<k>.tmp-<attempt>``; every rank syncs and hashes its own files; rank 0 writes the manifest,
-renames the folder and syncs the parent. A kill at any point leaves the previous checkpoint as the newest valid one.
-"""
+"""Commits, finds, loads and prunes checkpoints."""
 
 from __future__ import annotations
 
 import json
-import math
-import os
-import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import torch
 from blake3 import blake3
 from torch import nn
 from torch.optim import Optimizer
 
-from encdec import distributed, files
-from encdec.checkpoints import folders, fsdp2
+from encdec import distributed
+from encdec.checkpoints import catalog, folders, space
+from encdec.checkpoints.catalog import CheckpointInfo
+from encdec.checkpoints.commit import Committer, Draft
+from encdec.checkpoints.flight import Flight, Saved
 from encdec.checkpoints.manifest import (
-    FileRecord,
+    TRAINER_STATE,
     Manifest,
-    hash_file,
     read_manifest,
     reading,
     verify,
     verify_files,
     verify_names,
-    write_manifest,
 )
+from encdec.checkpoints.payload import DEFAULT, Payload, payload_named
+from encdec.checkpoints.retention import Retention
+from encdec.distributed import Group
 from encdec.errors import CheckpointError, UnreadableCheckpoint
 
-TRAINER_STATE = "trainer_state.json"
-PAYLOAD = "fsdp2"
+BYTES_PER_PARAMETER = 12
+"""fp32 weight and AdamW's two moments."""
 
 
 class Stateful(Protocol):
@@ -47,25 +42,17 @@ class Stateful(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-@dataclass(frozen=True)
-class CheckpointInfo:
-    """One committed checkpoint as its manifest describes it (files not yet verified)."""
-
-    checkpoint_id: str
-    step: int
-    metrics: dict[str, float]
-    bytes: int
-    time: float
-
-
 class CheckpointManager:
     """Checkpoints of one run. ``save`` and the ``load`` family are collective: every rank calls them.
 
     Args:
         output_dir: folder that holds the ``step-<k>`` folders.
-        save_total_limit: checkpoints kept; the best and the newest are never deleted.
+        save_total_limit: checkpoints kept; the best and the newest are never deleted, nor those to be averaged.
         best_metric: name of the metric that makes a checkpoint the best one.
         best_metric_mode: whether less or more of it is better.
+        averaged: how many of the last scheduled checkpoints will be averaged at the end.
+        averaged_from: first step that can be among them; 0 where the end is not known.
+        payload: reads and writes what the engine trains; FSDP2's unless given.
         attempt: number of the attempt that writes; part of the temporary folder's name.
         run_identity: digest of the configuration, recorded in the manifest.
         fence: called on rank 0 just before a commit; raises if this attempt may no longer write.
@@ -78,15 +65,23 @@ class CheckpointManager:
         best_metric: str = "loss",
         best_metric_mode: Literal["min", "max"] = "min",
         *,
+        averaged: int = 0,
+        averaged_from: int = 0,
+        payload: Payload | None = None,
         attempt: int = 0,
         run_identity: str = "",
         fence: Callable[[], None] = lambda: None,
     ) -> None:
         self.output_dir = Path(output_dir)
-        self.save_total_limit = save_total_limit
+        self.retention = Retention(limit=save_total_limit, averaged=averaged, averaged_from=averaged_from)
         self.best_metric, self.best_metric_mode = best_metric, best_metric_mode
-        self.attempt, self.run_identity, self.fence = attempt, run_identity, fence
+        self.payload = payload or payload_named(DEFAULT)
+        self.fence = fence
         self.rejected: list[str] = []
+        self._committer = Committer(root=self.output_dir, attempt=attempt, run_identity=run_identity, fence=fence)
+        self._flight: Flight | None = None
+        self._background: Group = None
+        self._background_made = False
 
     # ---- save
 
@@ -99,84 +94,92 @@ class CheckpointManager:
         metrics: dict[str, float] | None = None,
         *,
         extra_state: dict[str, Any] | None = None,
+        scheduled: bool = True,
+        blocking: bool = True,
     ) -> str:
         """Write and commit one checkpoint; returns its id, ``step-<k>``.
 
         Args:
             extra_state: plain JSON values to have back at load: data position, seed, losses.
+            scheduled: whether the schedule of steps asks for it (and not a person, a signal or the clock).
+            blocking: False: return once the state is copied; a thread commits it while training goes on, and ``wait``
+                tells of it. One that is still being written is waited for first.
 
         Raises:
-            OSError: a rank could not write (the previous checkpoint is untouched).
+            OSError: a rank could not write (the previous checkpoint is untouched); now, or before in the background.
             FencedError: a newer attempt exists.
         """
-        final = self.output_dir / f"step-{step}"
-        temporary = self.output_dir / f"step-{step}.tmp-{self.attempt}"
+        self.wait()
+        group = None if blocking else self._background_group()
+        began = time.perf_counter()
         state = {"step": step, "scheduler": scheduler.state_dict(), **(extra_state or {})}
-        distributed.on_rank_zero(lambda: folders.make_empty(temporary, PAYLOAD))
-        fsdp2.save_payload(temporary / PAYLOAD, fsdp2.training_tensors(model, optimizer))
-        parts = distributed.together(lambda: self._own_records(temporary, state))
-        manifest = Manifest(
+        draft = Draft(
             step=step,
             samples_consumed=int(state.get("samples_consumed", 0)),
-            world_size=distributed.world_size(),
-            sharding=PAYLOAD,
-            attempt=self.attempt,
-            run_identity=self.run_identity,
-            metrics={name: value for name, value in (metrics or {}).items() if math.isfinite(value)},
-            versions={"python": platform.python_version(), "torch": torch.__version__},
-            time=time.time(),
-            files=sorted((record for part in parts for record in part), key=lambda record: record.path),
+            state=json.dumps(state, indent=2) + "\n",
+            metrics=metrics or {},
+            scheduled=scheduled,
+            sharding=self.payload.name,
+            snapshot=self.payload.snapshot(model, optimizer),
         )
-        distributed.on_rank_zero(lambda: self._commit(temporary, final, manifest))
-        return final.name
+        if blocking:
+            self._commit(draft, None)
+        else:
+            self._flight = Flight(step, began, lambda: self._commit(draft, group))
+        return f"step-{step}"
 
-    def _own_records(self, temporary: Path, state: dict[str, Any]) -> list[FileRecord]:
-        """Sync and hash the files this rank wrote (rank 0 also those that belong to nobody)."""
-        rank, payload = distributed.rank(), temporary / PAYLOAD
-        paths = sorted(payload.glob(f"__{rank}_*.distcp"))
-        if rank == 0:
-            files.atomic_write_json(temporary / TRAINER_STATE, state)
-            paths += [payload / ".metadata", temporary / TRAINER_STATE]
-        for path in paths:
-            path.chmod(0o600)
-            files.fsync_file(path)
-        files.fsync_directory(payload)
-        return [hash_file(temporary, path) for path in paths]
+    def _background_group(self) -> Group:
+        """The group of the threads that commit; made once."""
+        if not self._background_made:
+            self._background, self._background_made = distributed.background_group(), True
+        return self._background
 
-    def _commit(self, temporary: Path, final: Path, manifest: Manifest) -> None:
-        write_manifest(temporary, manifest)
-        verify_names(temporary, manifest)
-        self.fence()
-        # the same step again: with metrics that were still owed, or after a resume from further back
-        replaced = folders.set_aside(final, "replaced") if final.exists() else None
-        os.rename(temporary, final)
-        files.fsync_directory(self.output_dir)
-        if replaced:
-            folders.delete(replaced)
-        self._prune()
+    def _commit(self, draft: Draft, group: Group) -> None:
+        self._committer.commit(draft, group)
+        distributed.on_rank_zero(lambda: self._prune(draft.step), group)
 
-    def _prune(self) -> None:
-        """Delete the oldest beyond the limit; never the newest, never the best."""
+    def _prune(self, committed_step: int) -> None:
         infos = self.list_checkpoints()
-        best = self._best(infos)
-        spare = [info for info in infos[:-1] if best is None or info.checkpoint_id != best.checkpoint_id]
-        for info in spare[: max(0, len(infos) - self.save_total_limit)]:
-            folders.delete(folders.set_aside(self.output_dir / info.checkpoint_id, "deleted"))
+        for info in self.retention.spare(infos, self._best(infos), committed_step):
+            folders.retire(self.output_dir / info.checkpoint_id)
+
+    @property
+    def flying(self) -> Flight | None:
+        """The save in the background that nobody has waited for yet."""
+        return self._flight
+
+    def wait(self, timeout: float | None = None) -> Saved | None:
+        """Wait for the save in the background; what it came to, or None where there was none.
+
+        Raises:
+            OSError, EncdecError: it failed, on every rank; the previous checkpoint is untouched.
+            TimeoutError: it is not done after ``timeout`` seconds.
+        """
+        flight = self._flight
+        if flight is None:
+            return None
+        try:
+            return flight.wait(timeout)
+        finally:
+            if not flight.writing:
+                self._flight = None
+
+    def require_room(self, model: nn.Module) -> None:
+        """Rank 0 only, before training: there must be room for one more checkpoint.
+
+        Raises:
+            OSError: ENOSPC, with what is needed, by the last checkpoint or by the model's size, and what is there.
+        """
+        infos = self.list_checkpoints()
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        expected = infos[-1].bytes if infos else BYTES_PER_PARAMETER * parameters
+        space.require_room(self.output_dir, expected, distributed.world_size())
 
     # ---- find
 
     def list_checkpoints(self) -> list[CheckpointInfo]:
         """Committed checkpoints with a sound manifest, by step."""
-        infos = []
-        for step in folders.committed_steps(self.output_dir):
-            folder = self.output_dir / f"step-{step}"
-            try:
-                manifest = read_manifest(folder)
-            except CheckpointError:
-                continue
-            size = sum(record.bytes for record in manifest.files)
-            infos.append(CheckpointInfo(folder.name, manifest.step, manifest.metrics, size, manifest.time))
-        return infos
+        return catalog.committed(self.output_dir)
 
     def validate(self, checkpoint_id: str) -> None:
         """Verify one checkpoint in this process.
@@ -195,6 +198,7 @@ class CheckpointManager:
         Raises:
             CheckpointError: none is valid, but one could not be read or moved: the run must not start over in silence.
         """
+        self.wait()
         left: list[str] = []
         for step in reversed(distributed.on_rank_zero(lambda: folders.committed_steps(self.output_dir))):
             folder = self.output_dir / f"step-{step}"
@@ -244,17 +248,28 @@ class CheckpointManager:
         Raises:
             CheckpointError: it does not verify, or it is of another model.
         """
+        self.wait()
         self._verify_together(folder)
         return self._load_verified(folder, model, optimizer, scheduler)
 
     def _load_verified(
         self, folder: Path, model: nn.Module, optimizer: Optimizer, scheduler: Stateful
     ) -> dict[str, Any]:
-        state = distributed.on_rank_zero(lambda: read_trainer_state(folder))
-        fsdp2.load_payload(folder / PAYLOAD, model, optimizer)
+        state = distributed.on_rank_zero(lambda: self._read_state(folder))
+        self.payload.load(folder / self.payload.name, model, optimizer)
         with reading(folder / TRAINER_STATE, "the state of this schedule"):
             scheduler.load_state_dict(state["scheduler"])
         return state
+
+    def _read_state(self, folder: Path) -> dict[str, Any]:
+        found = read_manifest(folder).sharding
+        if found != self.payload.name:
+            raise CheckpointError(
+                f"The checkpoint {folder} must be of this run's engine, {self.payload.name}",
+                found=found,
+                remedy=f"Continue with {found}",
+            )
+        return read_trainer_state(folder)
 
     def load_latest(
         self, model: nn.Module, optimizer: Optimizer, scheduler: Stateful
@@ -270,6 +285,7 @@ class CheckpointManager:
         self, model: nn.Module, optimizer: Optimizer, scheduler: Stateful
     ) -> tuple[int, int, dict[str, Any]] | None:
         """Load the checkpoint with the best metric: (step, epoch, trainer state), or None where none has the metric."""
+        self.wait()
         best = distributed.on_rank_zero(lambda: self._best(self.list_checkpoints()))
         if best is None:
             return None
@@ -277,20 +293,13 @@ class CheckpointManager:
         return state["step"], state.get("epoch", 0), state
 
     def _best(self, infos: list[CheckpointInfo]) -> CheckpointInfo | None:
-        measured = [info for info in infos if self.best_metric in info.metrics]
-        choose = min if self.best_metric_mode == "min" else max
-        return choose(measured, key=lambda info: info.metrics[self.best_metric], default=None)
+        return catalog.best(infos, self.best_metric, self.best_metric_mode)
 
     def print_summary(self) -> None:
         """One line a checkpoint: id, size, metrics, which is best."""
         infos = self.list_checkpoints()
-        best = self._best(infos)
-        for info in infos:
-            metrics = "  ".join(f"{name} {value:.4f}" for name, value in sorted(info.metrics.items()))
-            mark = "  best" if best and info.checkpoint_id == best.checkpoint_id else ""
-            print(f"{info.checkpoint_id:<14} {info.bytes / 1e6:>10.1f} MB  {metrics}{mark}")
-        if not infos:
-            print(f"no checkpoints in {self.output_dir}")
+        for line in catalog.lines(infos, self._best(infos)) or [f"no checkpoints in {self.output_dir}"]:
+            print(line)
 
 
 def read_trainer_state(folder: Path) -> dict[str, Any]:
@@ -312,10 +321,10 @@ def logical_digest(folder: Path) -> str:
     Raises:
         CheckpointError: it does not verify.
     """
-    verify(folder)
+    sharding = verify(folder).sharding
     state = read_trainer_state(folder)
     hasher = blake3()
-    fsdp2.digest_payload(folder / PAYLOAD, hasher)
+    payload_named(sharding).digest(folder / sharding, hasher)
     logical = {key: state.get(key) for key in ("scheduler", "samples_consumed", "seed", "step")}
     hasher.update(json.dumps(logical, sort_keys=True).encode())
     return hasher.hexdigest()
