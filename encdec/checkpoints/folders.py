@@ -70,6 +70,19 @@ def delete(folder: Path) -> None:
         log.warning("cannot delete %s: %s", folder, error)
 
 
+def discard(folder: Path) -> None:
+    """Remove a checkpoint; that another program was faster is no error.
+
+    Raises:
+        OSError: storage does not let it be renamed.
+    """
+    try:
+        aside = set_aside(folder, "deleted")
+    except FileNotFoundError:
+        return
+    delete(aside)
+
+
 def discard_unfinished(root: Path) -> None:
     """Delete what killed saves left under ``root``, but put back a whole checkpoint that one had set aside.
 
