@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from encdec.errors import EncdecError
 
 T = TypeVar("T")
+SECONDS_BETWEEN_MEETINGS = 1.0
 Group = dist.ProcessGroup | None
 """Who takes part, always all ranks; None: the default group. A thread beside the training loop needs its own."""
 
@@ -75,3 +77,18 @@ def together(work: Callable[[], T], group: Group = None) -> list[T]:
 def on_rank_zero(work: Callable[[], T], group: Group = None) -> T:
     """Run ``work`` on rank 0 alone; its result, or its error, on every rank."""
     return together(work if rank() == 0 else lambda: None, group)[0]  # type: ignore[arg-type,return-value]
+
+
+def on_rank_zero_however_long(work: Callable[[], T]) -> T:
+    """As ``on_rank_zero``, for work that may outlast a collective's timeout: the ranks meet while it goes on."""
+    if not is_distributed():
+        return work()
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        future = pool.submit(work) if rank() == 0 else None
+        while not broadcast(future is not None and _done_within(future, SECONDS_BETWEEN_MEETINGS)):
+            pass
+        return on_rank_zero(lambda: future.result())  # type: ignore[union-attr]
+
+
+def _done_within(future: Future[Any], seconds: float) -> bool:
+    return not wait([future], timeout=seconds).not_done

@@ -80,6 +80,10 @@ class UnreadableCheckpoint(CheckpointError):
     """Storage does not let a checkpoint be read, so nothing is known about it: it may well be sound."""
 
 
+class MirrorError(EncdecError):
+    """The second place of checkpoints cannot be read or written; those in the first place are untouched."""
+
+
 class FencedError(EncdecError):
     """A newer attempt of the same run exists, so this one may no longer write."""
 

@@ -202,6 +202,11 @@ class RunPaths:
         return self.root / "checkpoints"
 
     @property
+    def model(self) -> Path:
+        """The model without its weights: config, generation config, tokenizer. What an export needs besides them."""
+        return self.root / "model"
+
+    @property
     def gates(self) -> Path:
         return self.root / "gates"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from encdec.checkpoints import folders
-from encdec.checkpoints.manifest import read_manifest
+from encdec.checkpoints.manifest import Manifest, read_manifest
 from encdec.errors import CheckpointError
 
 
@@ -38,11 +38,16 @@ def committed(root: Path) -> list[CheckpointInfo]:
             manifest = read_manifest(folder)
         except CheckpointError:
             continue
-        size = sum(record.bytes for record in manifest.files)
-        infos.append(
-            CheckpointInfo(folder.name, manifest.step, manifest.metrics, size, manifest.time, manifest.scheduled)
-        )
+        infos.append(described(manifest))
     return infos
+
+
+def described(manifest: Manifest) -> CheckpointInfo:
+    """A step checkpoint as its manifest describes it."""
+    size = sum(record.bytes for record in manifest.files)
+    return CheckpointInfo(
+        f"step-{manifest.step}", manifest.step, manifest.metrics, size, manifest.time, manifest.scheduled
+    )
 
 
 def best(infos: Iterable[CheckpointInfo], metric: str, mode: Literal["min", "max"]) -> CheckpointInfo | None:

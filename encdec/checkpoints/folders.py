@@ -70,14 +70,25 @@ def delete(folder: Path) -> None:
         log.warning("cannot delete %s: %s", folder, error)
 
 
+def discard(folder: Path) -> None:
+    """Remove a checkpoint; that another program was faster is no error.
+
+    Raises:
+        OSError: storage does not let it be renamed.
+    """
+    try:
+        aside = set_aside(folder, "deleted")
+    except FileNotFoundError:
+        return
+    delete(aside)
+
+
 def retire(folder: Path) -> None:
     """Remove a checkpoint that is not needed; as with ``delete``, storage that objects keeps it."""
     try:
-        aside = set_aside(folder, "deleted")
+        discard(folder)
     except OSError as error:
         log.warning("cannot delete %s: %s", folder, error)
-    else:
-        delete(aside)
 
 
 def discard_unfinished(root: Path) -> None:

@@ -23,8 +23,10 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from encdec import files
+from encdec.checkpoints.dcp_index import PayloadReader, plain_error
+from encdec.checkpoints.fsdp2_weights import Fsdp2Weights
 from encdec.checkpoints.image import Chunk, Entry, Image, index_of, write_hashed
-from encdec.checkpoints.manifest import FileRecord, reading, unreadable
+from encdec.checkpoints.manifest import FileRecord, unreadable
 from encdec.distributed import Group, gather, is_distributed, rank
 from encdec.errors import CheckpointError
 
@@ -100,6 +102,9 @@ class Fsdp2Payload:
             )
         _fill(tensors, folder, no_dist=not is_distributed())
 
+    def weights(self, folder: Path) -> Fsdp2Weights:
+        return Fsdp2Weights(folder)
+
     def digest(self, folder: Path, hasher: blake3) -> None:
         """Every tensor's name, dtype, shape and bytes, in order of name."""
         metadata = read_metadata(folder).state_dict_metadata
@@ -153,9 +158,9 @@ def _own_chunk(name: str, tensor: Tensor) -> Chunk | None:
 def _fill(tensors: dict[str, Tensor], folder: Path, *, no_dist: bool) -> None:
     with _quiet():
         try:
-            dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), no_dist=no_dist)
+            dcp.load(tensors, storage_reader=PayloadReader(folder), no_dist=no_dist)
         except BaseException as error:
-            plain = _plain(error, folder)
+            plain = plain_error(error, folder)
             raise unreadable(folder, plain) if isinstance(plain, OSError) else plain from error
 
 
@@ -182,9 +187,8 @@ def prepare_optimizer_state(metadata: Metadata, model: nn.Module, optimizer: Opt
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """DCP's index of the payload. It is a pickle: call only after the manifest has been verified."""
-    with reading(folder / METADATA, "DCP's metadata"):
-        return dcp.FileSystemReader(folder).read_metadata()
+    """DCP's index of the payload, which cannot run anything. Call only after the manifest has been verified."""
+    return PayloadReader(folder).read_metadata()
 
 
 def _chunks(metadata: dict[str, Any]) -> Iterator[list[str]]:
@@ -213,19 +217,3 @@ def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _quiet() -> warnings.catch_warnings:
     """DCP warns at every call that one process is no process group; ours is a choice, not an accident."""
     return warnings.catch_warnings(action="ignore")
-
-
-def _plain(error: BaseException, folder: Path) -> BaseException:
-    """DCP's CheckpointException carries every rank's failure; show the first one's cause."""
-    failures = getattr(error, "failures", None)
-    if not failures:
-        return error
-    rank, wrapped = sorted(failures.items())[0]
-    cause = wrapped[0] if isinstance(wrapped, tuple) else wrapped
-    if isinstance(cause, OSError):
-        return cause
-    return CheckpointError(
-        f"Every rank must read or write its part of {folder}",
-        found=f"rank {rank}: {type(cause).__name__}: {cause}",
-        remedy="See that rank's log",
-    )

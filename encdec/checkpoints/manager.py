@@ -136,10 +136,22 @@ class CheckpointManager:
 
     def _commit(self, draft: Draft, group: Group) -> None:
         self._committer.commit(draft, group)
-        distributed.on_rank_zero(lambda: self._prune(draft.step), group)
+        distributed.on_rank_zero(lambda: self._after_commit(draft.step), group)
+
+    def _after_commit(self, step: int) -> None:
+        """On rank 0, in whichever thread made ``step-<step>`` a checkpoint."""
+        self._prune(step)
+
+    def close(self, *, hurried: bool = False) -> None:
+        """The last call when training ends without an error, on every rank: waits for what goes on in the background.
+
+        Args:
+            hurried: somebody will end this process soon.
+        """
+        self.wait()
 
     def _prune(self, committed_step: int) -> None:
-        infos = self.list_checkpoints()
+        infos = catalog.committed(self.output_dir)
         for info in self.retention.spare(infos, self._best(infos), committed_step):
             folders.retire(self.output_dir / info.checkpoint_id)
 
@@ -170,7 +182,7 @@ class CheckpointManager:
         Raises:
             OSError: ENOSPC, with what is needed, by the last checkpoint or by the model's size, and what is there.
         """
-        infos = self.list_checkpoints()
+        infos = catalog.committed(self.output_dir)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         expected = infos[-1].bytes if infos else BYTES_PER_PARAMETER * parameters
         space.require_room(self.output_dir, expected, distributed.world_size())

@@ -59,10 +59,14 @@ class Manifest:
     """Whether the schedule of steps asked for it; others were asked for by a person, a signal or the clock."""
     files: list[FileRecord] = field(default_factory=list)
     format_version: int = FORMAT_VERSION
+    made_of: dict[str, str] = field(default_factory=dict)
+    """Of an average: the ids of its sources and the digests of their manifests. Not written where empty."""
 
     def to_text(self) -> str:
         """JSON with the digest of everything else as its last entry."""
         values = asdict(self)
+        if not self.made_of:
+            del values["made_of"]
         return json.dumps(values | {"digest": _digest_of(values)}, indent=1) + "\n"
 
 
@@ -98,7 +102,18 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     with reading(path, "a readable manifest"):
-        values = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+    return parse_manifest(text, path)
+
+
+def parse_manifest(text: str, path: Path) -> Manifest:
+    """The manifest that ``path`` holds as ``text``.
+
+    Raises:
+        CheckpointError: as ``read_manifest``.
+    """
+    with reading(path, "a readable manifest"):
+        values = json.loads(text)
         digest = values.pop("digest")
         if values["format_version"] != FORMAT_VERSION:
             raise _broken(path, f"a manifest of format {FORMAT_VERSION}", values["format_version"])
@@ -106,10 +121,20 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = Manifest(**{**values, "files": files})
     if digest != _digest_of(values):
         raise _broken(path, "a manifest that matches its own digest", "another content")
-    name = STEP_FOLDER.fullmatch(folder.name)
+    name = STEP_FOLDER.fullmatch(path.parent.name)
     if name and int(name.group(1)) != manifest.step:
         raise _broken(path, f"step {name.group(1)}, as the folder's name says", f"step {manifest.step}")
     return manifest
+
+
+def manifest_digest(folder: Path) -> str:
+    """The digest that the manifest in ``folder`` carries: 64 hex digits that stand for the whole checkpoint.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    with reading(folder / MANIFEST, "a readable manifest"):
+        return str(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["digest"])
 
 
 def verify_files(folder: Path, records: Iterable[FileRecord], progress: Callable[[int], None] | None = None) -> None:

@@ -14,7 +14,8 @@ from blake3 import blake3
 from torch import nn
 from torch.optim import Optimizer
 
-from encdec.checkpoints.manifest import FileRecord
+from encdec.checkpoints.manifest import FileRecord, Manifest
+from encdec.checkpoints.weights import Weights
 from encdec.distributed import Group
 from encdec.errors import CheckpointError
 
@@ -58,6 +59,14 @@ class Payload(Protocol):
             UnreadableCheckpoint: storage does not let it be read.
         """
 
+    def weights(self, folder: Path) -> Weights:
+        """The model's tensors of a verified ``folder``, for one process without a process group.
+
+        Raises:
+            CheckpointError: the payload is not what it says.
+            UnreadableCheckpoint: storage does not let it be read.
+        """
+
     def digest(self, folder: Path, hasher: blake3) -> None:
         """Feed the logical content of a verified ``folder`` to ``hasher``: the same bytes for any world size."""
 
@@ -75,3 +84,12 @@ def payload_named(name: str) -> Payload:
             remedy="Use the version that wrote it",
         )
     return pkgutil.resolve_name(ENGINES[name])()
+
+
+def open_weights(folder: Path, manifest: Manifest) -> Weights:
+    """The weights of a verified checkpoint, of whichever engine.
+
+    Raises:
+        CheckpointError: its engine is not known here, or its payload is not what it says.
+    """
+    return payload_named(manifest.sharding).weights(folder / manifest.sharding)

@@ -7,13 +7,14 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 from blake3 import blake3
 
 from encdec import distributed
-from encdec.checkpoints import CheckpointManager
+from encdec.checkpoints import CheckpointManager, DriveCheckpointManager
 from encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 from encdec.data.collator import UL2DataCollator
 from encdec.data.corpus import Corpus, open_corpus
@@ -23,6 +24,7 @@ from encdec.data.ul2_dataset import EvaluationBatches, UL2Dataset, build_dataloa
 from encdec.errors import FencedError
 from encdec.files import RunPaths, staged_directory
 from encdec.modeling_qwen3_encdec import Qwen3ForSeq2SeqLM
+from encdec.records import JsonLinesWriter, event
 from encdec.tokenization_qwen3_encdec import Qwen3EncoderDecoderTokenizer
 from encdec.training import sharding
 from encdec.training.config import FullConfig
@@ -174,15 +176,7 @@ def build_trainer(
         config,
         loader,
         evaluation_batches(config, packed, collator),
-        checkpoints=CheckpointManager(
-            paths.checkpoints,
-            config.training.save_total_limit,
-            averaged=AVERAGED_CHECKPOINTS,
-            averaged_from=averaged_from(config.training, run.num_train_steps),
-            attempt=attempt,
-            run_identity=run.identity,
-            fence=fence(paths, attempt),
-        ),
+        checkpoints=checkpoint_manager(run, paths, attempt),
         sample_length=run.sample_length,
         total_steps=run.num_train_steps,
         warmup_steps=run.warmup_steps,
@@ -191,6 +185,29 @@ def build_trainer(
         attempt=attempt,
         restart=restart,
     )
+
+
+def checkpoint_manager(run: RunConfig, paths: RunPaths, attempt: int) -> CheckpointManager:
+    """Of the run's ``checkpoints/``, with the mirror that the configuration asks for."""
+    limit, mirror = run.config.training.save_total_limit, run.config.infra.checkpoint_mirror
+    options: dict[str, Any] = {
+        "averaged": AVERAGED_CHECKPOINTS,
+        "averaged_from": averaged_from(run.config.training, run.num_train_steps),
+        "attempt": attempt,
+        "run_identity": run.identity,
+        "fence": fence(paths, attempt),
+    }
+    if mirror is None:
+        return CheckpointManager(paths.checkpoints, limit, **options)
+    ledger = paths.attempt(attempt).events("mirror")
+
+    def report(kind: str, **facts: Any) -> None:
+        with JsonLinesWriter(ledger) as writer:
+            writer.write(event(kind, **facts))
+
+    folder = f"{mirror.rstrip('/')}/{run.mirror_folder}"
+    log.info("checkpoints are copied to %s", folder)
+    return DriveCheckpointManager(folder, paths.checkpoints, limit, report=report, **options)
 
 
 def evaluation_batches(config: FullConfig, packed: Path, collator: UL2DataCollator) -> EvaluationBatches | None:

@@ -233,6 +233,9 @@ class InfraConfig(Section):
     """DeepSpeed JSON file."""
     num_gpus: PositiveInt = 8
     """Ranks per node (one a GPU, or one a process where device is cpu)."""
+    checkpoint_mirror: str | None = None
+    """Folder or fsspec URL to which committed checkpoints are copied in the background, one folder a run; from there
+    they come back if ``checkpoints/`` is lost. None: no copies."""
     mean_time_to_interrupt_hours: PositiveFloat = 24.0
     """Between failures of the whole job, for ``save_every: auto``; 24 fits some hundred GPUs of a sound cluster."""
     wandb_project: str = "qwen3-encoder-decoder"

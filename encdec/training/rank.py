@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 import encdec
 from encdec import distributed
+from encdec.checkpoints.model_files import keep_model_files
 from encdec.errors import EncdecError, ShardingError
 from encdec.files import RunPaths, atomic_write_json
 from encdec.records import RankResult
@@ -95,6 +96,7 @@ def _train(
         model = build_model(run.config, tokenizer)
     if run.phase and run.phase.phase == TrainingPhase.SANITY_CHECK:
         check_sanity(model, tokenizer, paths)
+    distributed.on_rank_zero(lambda: keep_model_files(model, tokenizer, paths.model))
     requests = Requests(paths)
     trainer = build_trainer(
         run, paths, attempt=attempt, restart=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
@@ -103,7 +105,9 @@ def _train(
     try:
         trainer.start_from(resume_from)
         requests.listen()  # not before: until now there is nothing to save, and SIGTERM should simply end this rank
-        return finish(run, paths, trainer.train(), trainer)
+        result = finish(run, paths, trainer.train(), trainer)
+        trainer.checkpoints.close(hurried=result["cause"] == "signalled")
+        return result
     finally:
         trainer.saving.abandon()
         for observer in trainer.observers:

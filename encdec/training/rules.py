@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from encdec.errors import ConfigError
 from encdec.training.config import ArchitectureConfig, FullConfig
@@ -20,6 +21,7 @@ def check_rules(config: FullConfig) -> None:
     _require_room_in_vocabulary(config)
     _require_positions(config)
     _require_local_models(config)
+    require_no_password("infra.checkpoint_mirror", config.infra.checkpoint_mirror or "")
 
 
 def require_memory(shape: ArchitectureConfig, vocab_size: int, ranks: int, memory: int) -> None:
@@ -91,6 +93,21 @@ def _require_local_models(config: FullConfig) -> None:
                 found=f"{name}, and no folder at {Path(name).absolute()}",
                 remedy="Correct the path; an absolute one means the same everywhere",
             )
+
+
+def require_no_password(what: str, url: str) -> None:
+    """Configurations and command lines end up in run.yaml, trackers, logs and process lists.
+
+    Raises:
+        ConfigError: ``url`` has a password.
+    """
+    password = urlsplit(url).password if "://" in url else None
+    if password:
+        raise ConfigError(
+            f"{what} must hold no password",
+            found=url.replace(password, "***"),
+            remedy="Give it to the file system's own configuration (environment variables, ~/.config/fsspec)",
+        )
 
 
 def refuse_what_is_not_built(config: FullConfig) -> None:

@@ -25,7 +25,7 @@ from encdec.training.yaml_values import apply_settings, dump_yaml, read_yaml
 
 PLACE_KEYS = (
     "name", "nodes", "ranks_per_node", "config.infra.num_gpus", "config.infra.output_dir", "config.infra.logging_dir",
-    "config.data.packed_dir", "config.data.preprocessing_num_workers",
+    "config.infra.checkpoint_mirror", "config.data.packed_dir", "config.data.preprocessing_num_workers",
 )  # fmt: skip
 """Dotted paths that say where a run runs and what it is called, not what it computes."""
 
@@ -66,6 +66,12 @@ class RunConfig:
         """Hex digest of all that decides what is computed; not of where it runs, nor of the name."""
         facts = {path: value for path, value in flatten(self.to_mapping()).items() if path not in PLACE_KEYS}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def mirror_folder(self) -> str:
+        """Name of this run's folder under ``infra.checkpoint_mirror``, which several runs may share."""
+        tail = self.identity[:8]
+        return self.name if self.name.endswith(tail) else f"{self.name}-{tail}"
 
     def micro_batches(self, world_size: int) -> tuple[int, int]:
         """(micro-batch size, accumulation steps) of one rank at ``world_size``; their product keeps the global batch.
@@ -206,6 +212,8 @@ def resolve_run(
     ranks = ranks_per_node or config.infra.num_gpus
     config.infra.num_gpus = ranks
     config.data.packed_dir = str(Path(config.data.packed_dir).absolute())
+    if config.infra.checkpoint_mirror and "://" not in config.infra.checkpoint_mirror:
+        config.infra.checkpoint_mirror = str(Path(config.infra.checkpoint_mirror).absolute())
     return _with_arithmetic(config, row, nodes, ranks, name)
 
 

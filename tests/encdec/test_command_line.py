@@ -26,6 +26,17 @@ MISTAKES: dict[str, tuple[Main, list[str], tuple[str, ...]]] = {
     "launchers.job": (job.main, [], ("run_dir", "python -m launchers.job --help")),
     "encdec.checkpoints": (checkpoints.main, ["lst"], ("'lst'", "Did you mean list?")),
     "encdec.checkpoints list": (checkpoints.main, ["list"], ("path", "python -m encdec.checkpoints list --help")),
+    "encdec.checkpoints prune": (
+        checkpoints.main,
+        ["prune", "."],
+        ("--keep", "python -m encdec.checkpoints prune --help"),
+    ),
+    "encdec.checkpoints average": (
+        checkpoints.main,
+        ["average", ".", "out", "--last", "1"],
+        ("--last", "a whole number from 2 up", "'1'"),
+    ),
+    "encdec.checkpoints export": (checkpoints.main, ["export", ".", "out", "--dtype", "fp8"], ("'fp8'", "fp32")),
     "encdec.sanity_check": (sanity_check.main, [], ("--model-path", "python -m encdec.sanity_check --help")),
     "encdec.sanity_check device": (
         sanity_check.main,

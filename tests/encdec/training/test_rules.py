@@ -45,6 +45,7 @@ REFUSED: dict[tuple[str, ...], tuple[str, ...]] = {
         "model.tokenizer_name_or_path", "./nowhere", "no folder at /", "absolute",
     ),
     ("model.model_name_or_path=/nowhere", "model.from_scratch=null"): ("model.model_name_or_path", "found /nowhere"),
+    ("infra.checkpoint_mirror=s3://me:secret@host/runs",): ("infra.checkpoint_mirror must hold no password", "me:***@"),
     ("infra.wandb_project=2020-13-45",): ("--set must be YAML", "2020-13-45"),
 }  # fmt: skip
 

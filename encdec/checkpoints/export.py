@@ -1,0 +1,169 @@
+"""A checkpoint as a Hugging Face directory: what ``from_pretrained`` loads, written shard by shard.
+
+    OUT/config.json  generation_config.json  tokenizer...      copies of the run's own
+    OUT/model.safetensors, or model-00001-of-0000N.safetensors and their index
+
+Memory: one safetensors shard. The model's one embedding is stored once, under the name of its one parameter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor
+
+from encdec.checkpoints.manifest import Manifest
+from encdec.checkpoints.model_files import CONFIG, find_model_files
+from encdec.checkpoints.payload import open_weights
+from encdec.checkpoints.weights import Weights
+from encdec.errors import CheckpointError, ConfigError
+from encdec.files import atomic_write_json, staged_directory
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth)$|\.index\.json$")
+"""Not copied from a folder of model files: those would be another checkpoint's."""
+DEFAULT_SHARD_MB = 1000
+Progress = Callable[[int], None]
+
+
+def export(
+    checkpoint: Path,
+    manifest: Manifest,
+    out: Path,
+    *,
+    dtype: Literal["fp32", "bf16"] = "fp32",
+    shard_mb: int = DEFAULT_SHARD_MB,
+    files_from: Path | None = None,
+    progress: Progress = lambda count: None,
+) -> list[Path]:
+    """Write ``out``, which is there whole or not at all; returns its weight files.
+
+    Args:
+        checkpoint: a verified checkpoint.
+        manifest: its manifest.
+        dtype: of the weights; checkpoints hold the fp32 master weights.
+        shard_mb: most of one safetensors file, 10^6 bytes; also what is held in memory.
+        files_from: folder with config.json and the tokenizer; default: the run's own.
+        progress: told the bytes of each tensor written.
+
+    Raises:
+        ConfigError: ``out`` exists, or ``files_from`` is of another model.
+        CheckpointError: there are no model files, or they are of another model.
+        OSError: it cannot be written.
+    """
+    require_absent(out)
+    files = files_from or find_model_files(checkpoint)
+    if files is None or not (files / CONFIG).is_file():
+        raise CheckpointError(
+            "An export needs the model's config.json and tokenizer, which a run keeps in RUN/model",
+            found=f"no {CONFIG} in {files}" if files else f"none for {checkpoint}",
+            remedy="Give a folder that has them with --files-from DIR",
+        )
+    weights = open_weights(checkpoint, manifest)
+    _require_same_model(weights.tensors, files)
+    try:
+        with staged_directory(out) as staging:
+            for path in files.iterdir():
+                if path.is_file() and not WEIGHTS.search(path.name):
+                    shutil.copyfile(path, staging / path.name)
+            _set_dtype(staging / CONFIG, DTYPES[dtype])
+            written = _write_shards(staging, weights, DTYPES[dtype], shard_mb * 10**6, progress)
+            _open_as_umask_says(staging)
+    except FileExistsError:
+        require_absent(out)
+        raise
+    return [out / path.name for path in written]
+
+
+def require_absent(out: Path) -> None:
+    """Refuse to write over anything.
+
+    Raises:
+        ConfigError: something is at ``out``.
+    """
+    if out.is_symlink() or out.exists():
+        raise ConfigError("The directory to export to must not exist yet", found=out, remedy="Give another one")
+
+
+def _require_same_model(tensors: Mapping[str, Tensor], files: Path) -> None:
+    """Compare names and shapes with those of the model that config.json describes, built without memory."""
+    from encdec.modeling_qwen3_encdec import Qwen3EncoderDecoderConfig, Qwen3ForSeq2SeqLM  # slow to import
+
+    try:
+        config = Qwen3EncoderDecoderConfig.from_pretrained(files)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{files / CONFIG} must be a configuration that transformers reads",
+            found=" ".join(str(error).split()),
+            remedy="Give a folder that has one with --files-from DIR",
+        ) from None
+    with torch.device("meta"):
+        model = Qwen3ForSeq2SeqLM(config)
+    described = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    stored = {name: tensor.shape for name, tensor in tensors.items()}
+    if described != stored:
+        differing = sorted(name for name in {**described, **stored} if described.get(name) != stored.get(name))
+        first = differing[0]
+        raise CheckpointError(
+            f"{files / CONFIG} must describe the model of the checkpoint",
+            found=f"{len(differing)} tensors that differ: {first} has shape {_shape(described, first)} there, "
+            f"{_shape(stored, first)} in the checkpoint",
+            remedy="Give the folder that belongs to it with --files-from DIR",
+        )
+
+
+def _shape(shapes: Mapping[str, torch.Size], name: str) -> object:
+    return list(shapes[name]) if name in shapes else "none"
+
+
+def _set_dtype(config: Path, dtype: torch.dtype) -> None:
+    values = json.loads(config.read_text(encoding="utf-8"))
+    atomic_write_json(config, values | {"dtype": str(dtype).removeprefix("torch.")})
+
+
+def _open_as_umask_says(folder: Path) -> None:
+    """A model to hand on, unlike a checkpoint: the permissions of any file that its user makes."""
+    mask = os.umask(0)
+    os.umask(mask)
+    folder.chmod(0o777 & ~mask)
+    for path in folder.iterdir():
+        path.chmod(0o666 & ~mask)
+
+
+def _write_shards(
+    folder: Path, weights: Weights, dtype: torch.dtype, shard_bytes: int, progress: Progress
+) -> list[Path]:
+    target = {name: meta.to(_stored_dtype(meta, dtype)) for name, meta in weights.tensors.items()}
+    plan = split_torch_state_dict_into_shards(target, max_shard_size=shard_bytes)
+    written = []
+    for file_name, names in plan.filename_to_tensors.items():
+        shard = {}
+        for name in names:
+            shard[name] = weights.read(name).to(target[name].dtype)
+            progress(target[name].nbytes)
+        save_file(shard, folder / file_name, metadata={"format": "pt"})
+        written.append(folder / file_name)
+        del shard  # before the next one fills: one shard at a time
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        atomic_write_json(folder / "model.safetensors.index.json", index)
+    return written
+
+
+def _stored_dtype(meta: Tensor, dtype: torch.dtype) -> torch.dtype:
+    return dtype if meta.dtype.is_floating_point else meta.dtype
+
+
+def bytes_to_write(checkpoint: Path, manifest: Manifest, dtype: Literal["fp32", "bf16"]) -> int:
+    """What ``export`` will write of weights, bytes."""
+    tensors = open_weights(checkpoint, manifest).tensors.values()
+    return sum(meta.numel() * _stored_dtype(meta, DTYPES[dtype]).itemsize for meta in tensors)

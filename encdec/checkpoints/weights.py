@@ -1,0 +1,45 @@
+"""The model's tensors of any checkpoint by name, read piece by piece in one process: what the offline tools work on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+PREFIX = "model."
+
+
+class Piece(NamedTuple):
+    """A box of a tensor: where it begins and how large it is, elements in each dimension."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.sizes)
+
+
+def whole(tensor: Tensor) -> Piece:
+    """All of a tensor."""
+    return Piece((0,) * tensor.dim(), tuple(tensor.shape))
+
+
+class Weights(Protocol):
+    """Parameters and persistent buffers of one verified checkpoint, under the model's own names."""
+
+    tensors: Mapping[str, Tensor]
+    """Name -> shape and dtype, as a tensor on the meta device."""
+
+    def pieces(self, name: str) -> Sequence[Piece]:
+        """Boxes that make up the tensor, as they are stored: each can be read alone, in memory of its own size."""
+
+    def read(self, name: str, piece: Piece | None = None) -> Tensor:
+        """A tensor, or one piece of it, on the CPU.
+
+        Raises:
+            CheckpointError: it is not what the payload's index says.
+            UnreadableCheckpoint: storage does not let it be read.
+        """
