@@ -52,7 +52,7 @@ class Done:
     broken: int = 1
     """How many of the newest checkpoints are no longer valid."""
     kept: bool = False
-    """Whether it must be left where it is, because it could not be read and may be sound."""
+    """Whether it must be left where it is, because it is sound, or may be and could not be read."""
 
 
 Damage = Callable[[Scene], Done | None]
@@ -214,7 +214,7 @@ def wrong_step(scene: Scene) -> Done:
     step = int(scene.newest.name.removeprefix("step-"))
     later = step + scene.random.randint(1, 1000)
     scene.newest.rename(scene.newest.with_name(f"step-{later}"))
-    return Done(f"step {later}, as the folder's name says, found step {step}")
+    return Done(f"step {later}, as the folder's name says at .*, found step {step}")
 
 
 def swapped_names(scene: Scene) -> Done:
@@ -250,7 +250,7 @@ def foreign_checkpoint(scene: Scene) -> Done:
     """Another run's checkpoint of the same step, whole."""
     shutil.rmtree(scene.newest)
     shutil.copytree(scene.other_run, scene.newest)
-    return Done("another run")
+    return Done(f"{named(scene.newest)}, found one of another run", kept=True)
 
 
 def link_nowhere(scene: Scene) -> Done:

@@ -15,6 +15,7 @@ from random import Random
 
 from benchmarks.damages import CONTROLS, DAMAGES, Done, Scene
 from encdec.checkpoints import CheckpointManager, logical_digest
+from encdec.checkpoints.manifest import read_manifest
 
 NOBODY = 65534
 LOADED_EVERY = 50
@@ -57,11 +58,11 @@ class Field:
         self._root = root / "checkpoints"
         self._steps = sorted(int(path.name.removeprefix("step-")) for path in material.run.glob("step-*"))
         self._digests = {step: logical_digest(material.run / f"step-{step}") for step in self._steps}
-        self._identity = manifest_of(material.run, self._steps[-1])
+        self._identity = read_manifest(material.run / f"step-{self._steps[-1]}").run_identity
 
-    def inject(self) -> None:
-        """One damage, drawn; what was drawn but changed nothing is drawn again."""
-        name = self.random.choices(list(DAMAGES), [weight for weight, _ in DAMAGES.values()])[0]
+    def inject(self, name: str | None = None) -> None:
+        """One damage, of a kind that is drawn unless ``name`` says it; one that would change nothing is drawn again."""
+        name = name or self.random.choices(list(DAMAGES), [weight for weight, _ in DAMAGES.values()])[0]
         self.tally.injected[name] += 1
         for _ in range(100):
             done = DAMAGES[name][1](self._scene())
@@ -70,9 +71,9 @@ class Field:
                 return
         raise RuntimeError(f"{name} changes nothing")
 
-    def control(self) -> None:
+    def control(self, name: str | None = None) -> None:
         """Something that is no damage: the newest checkpoint must be taken, and none be objected to."""
-        name = self.random.choice(list(CONTROLS))
+        name = name or self.random.choice(list(CONTROLS))
         scene = self._scene()
         CONTROLS[name](scene)
         self.tally.controls[name] += 1
@@ -107,33 +108,30 @@ class Field:
         detected = len(manager.rejected) == done.broken and self._put_where_it_belongs(done, said)
         reason = re.search(done.words, said) is not None
         back = found == self._root / f"step-{expected}" and self._as_it_was(name, expected)
-        for counter, true in ((self.tally.detected, detected), (self.tally.named, reason), (self.tally.fallen_back, back)):
+        for counter, true in (
+            (self.tally.detected, detected),
+            (self.tally.named, reason),
+            (self.tally.fallen_back, back),
+        ):
             counter[name] += true
         if not (detected and reason and back):
             wanted = f"step-{expected} after {done.broken} of which {done.words!r} is said"
             self.tally.failures.append(f"{name}: {found} taken, said {said or 'nothing'}; wanted {wanted}")
 
     def _put_where_it_belongs(self, done: Done, said: str) -> bool:
-        """What is proven wrong lies in quarantine with the reason that was told; what could not be read is where it was."""
+        """What is proven wrong lies in quarantine with the reason that was told; what may be sound is where it was."""
         shelf = self._root / "quarantine"
         moved = list(shelf.iterdir()) if shelf.exists() else []
         if done.kept:
             return not moved and said.startswith("left where it is: ")
-        reasons = [path.read_text().strip() for path in shelf.rglob("*REASON") if path.is_file()]
+        reasons = [path.read_text().strip() for path in shelf.rglob("*REASON")]
         folders = [path for path in moved if not path.name.endswith("REASON")]
-        written = all(reason and reason in said for reason in reasons) and len(reasons) == done.broken
-        return len(folders) == done.broken and (written or not all(path.is_dir() for path in folders))
+        return len(folders) == len(reasons) == done.broken and all(reason and reason in said for reason in reasons)
 
     def _as_it_was(self, name: str, step: int) -> bool:
         if self.tally.injected[name] % LOADED_EVERY:
             return True
         return logical_digest(self._root / f"step-{step}") == self._digests[step]
-
-
-def manifest_of(folder: Path, step: int) -> str:
-    from encdec.checkpoints.manifest import read_manifest
-
-    return read_manifest(folder / f"step-{step}").run_identity
 
 
 def remove(folder: Path) -> None:
@@ -146,14 +144,14 @@ def remove(folder: Path) -> None:
 
 @contextlib.contextmanager
 def open_field(material: Material, random: Random) -> Iterator[Field]:
-    """A field in a temporary folder with copies of ``material``. Root becomes nobody meanwhile: to root, nothing is closed.
-    """
+    """A field with copies of ``material`` in a temporary folder. Root, to whom nothing is closed, is nobody inside."""
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         copies = Material(*(shutil.copytree(path, root / name) for name, path in vars(material).items()))
+        field_ = Field(copies, root, random)  # all is imported once it has read them: nobody may not import
         with as_nobody(root) if os.geteuid() == 0 else contextlib.nullcontext():
             try:
-                yield Field(copies, root, random)
+                yield field_
             finally:
                 remove(root / "checkpoints")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.kill_points import ANY, MOMENT, QUARANTINE, REACHED, REPLACE, Kill
 from benchmarks.small_agent import Agent, BrokenChainError
-from benchmarks.undisturbed import SAVE_STEPS, Twin, differences, records_of
+from benchmarks.undisturbed import Twin, differences, records_of
 from encdec.checkpoints import logical_digest
 from encdec.errors import CheckpointError
 from encdec.files import RunPaths

@@ -3,10 +3,11 @@
     python -m benchmarks.kills --kills 500
 
 The ranks are the real rank program on the micro model of the tests: gloo, FSDP2, an evaluation after every step, a
-checkpoint every 4 of 60 steps. SIGKILL strikes one rank, all ranks, or these and their agent, at one of the places below
-or some milliseconds after it; a damaged newest checkpoint is part of the draw. After each kill every committed checkpoint
-must verify and hold the twin's state, and the next start must go on after the newest one. Runs follow one another until all
-kills are done; each must end with the twin's digest, losses, evaluations, verdict and state. Exits 1 if one thing differs.
+checkpoint every 4 of 60 steps. SIGKILL strikes one rank, all ranks, or these and their agent, at one of the places
+below or some milliseconds after it; checkpoints that are damaged on purpose are part of the draw. After each kill every
+committed checkpoint must verify and hold the twin's state, and the next start must go on after the newest one. Runs
+follow one another until all kills are done; each must end with the twin's digest, losses, evaluations, verdict and
+state. Exits 1 if one thing differs.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmarks import kill_points as at
-from benchmarks.killed_run import Figures, KilledRun
 from benchmarks.kill_points import Kill
+from benchmarks.killed_run import Figures, KilledRun
+from benchmarks.peers import markdown
 from benchmarks.small_agent import RANKS, BrokenChainError
 from benchmarks.undisturbed import Twin, make_run, make_twin
 
@@ -76,7 +78,7 @@ def kill_runs(
     """
     figures = Figures()
     while figures.killed < kills and not figures.failures:
-        paths = make_run(folder / f"run-{figures.runs}", packed, twin)
+        paths = make_run(folder / f"run-{figures.runs}", packed, like=twin.paths)
         run = KilledRun(paths, twin, figures)
         try:
             while not run.complete and not figures.failures:
@@ -112,10 +114,6 @@ def tables(figures: Figures, minutes: float) -> str:
     ]
     header = ["killed when", *at.SCOPES, "steps computed again"]
     return f"{markdown(header, kills)}\n\n{markdown(['', ''], facts)}"
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,5 +1,5 @@
-"""An agent of the least size: it forks the ranks of one attempt, kills the survivors when one dies, and starts them again
-in place when told to. The ranks are the real rank program.
+"""An agent of the least size: it forks the ranks of one attempt, kills the survivors when one dies, and starts them
+again in place when told to. The ranks are the real rank program.
 
 The launcher's own agent takes seconds to start; this one is forked with its imports done, so that it can die often.
 """
@@ -35,15 +35,16 @@ class Agent:
 
     Args:
         paths: the run directory; an attempt of it is claimed.
+        ranks: how many it starts.
     """
 
-    def __init__(self, paths: RunPaths) -> None:
+    def __init__(self, paths: RunPaths, ranks: int = RANKS) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["launchers.preload", "benchmarks.small_agent", "encdec.train"])
         self.attempt, self.restart = paths.claim_attempt(), -1
         self._orders, orders = context.Pipe()
         self._notes, notes = context.Pipe(duplex=False)
-        self._process = context.Process(target=run_agent, args=(str(paths.root), self.attempt, orders, notes))
+        self._process = context.Process(target=run_agent, args=(str(paths.root), self.attempt, ranks, orders, notes))
         self._process.start()
         orders.close()
         notes.close()
@@ -112,7 +113,7 @@ class Agent:
         self._process.join()
 
 
-def run_agent(run_dir: str, attempt: int, orders: Connection, notes: Connection) -> None:
+def run_agent(run_dir: str, attempt: int, ranks: int, orders: Connection, notes: Connection) -> None:
     """Start the ranks for every order; the ranks share ``orders``, which so stays open as long as one of them lives.
 
     Args:
@@ -122,15 +123,15 @@ def run_agent(run_dir: str, attempt: int, orders: Connection, notes: Connection)
     os.setpgid(0, 0)
     while (order := orders.recv()) is not None:
         restart, kill = order
-        pids = start_ranks(RunPaths(Path(run_dir)), attempt, restart, kill, notes.fileno())
+        pids = start_ranks(RunPaths(Path(run_dir)), attempt, restart, ranks, kill, notes.fileno())
         orders.send(pids)
         orders.send(wait_for(pids))
 
 
-def start_ranks(paths: RunPaths, attempt: int, restart: int, kill: Kill | None, notes: int) -> list[int]:
+def start_ranks(paths: RunPaths, attempt: int, restart: int, ranks: int, kill: Kill | None, notes: int) -> list[int]:
     """Fork the ranks, in a process group of their own; returns their process ids."""
     port, agent, pids = free_port(), os.getpid(), []
-    for rank in range(RANKS):
+    for rank in range(ranks):
         pid = os.fork()
         group = pids[0] if pids else pid
         if pid == 0:
@@ -140,7 +141,7 @@ def start_ranks(paths: RunPaths, attempt: int, restart: int, kill: Kill | None, 
                 lifeline.die_with_parent(agent)
                 lifeline.listen_to_agent(agent)
                 open_log(paths.attempt(attempt).rank_logs(0), rank, restart)
-                set_environment(rank, restart, port)
+                set_environment(rank, ranks, restart, port)
                 if kill and kill.victim == rank and kill.place != MOMENT:
                     die = partial(strike, kill.scope, agent, group or os.getpid(), os.getpid())
                     Watch(paths.checkpoints, kill, notes, die).arm()
@@ -162,10 +163,10 @@ def run_rank(paths: RunPaths, attempt: int) -> int:
     leave(0)
 
 
-def set_environment(rank: int, restart: int, port: int) -> None:
+def set_environment(rank: int, ranks: int, restart: int, port: int) -> None:
     """What torch elastic tells a rank."""
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), LOCAL_WORLD_SIZE=str(RANKS),
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RESTART_COUNT=str(restart),
         GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1",
     )  # fmt: skip

@@ -19,7 +19,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.slurm_peers import SlurmJob, markdown, new_sandbox, submit, wait_until
+from benchmarks.peers import markdown
+from benchmarks.slurm_peers import SlurmJob, new_sandbox, submit, wait_until
 from encdec.records import read_json_lines
 from launchers.jobs import jobs_of
 

@@ -44,25 +44,27 @@ class Twin:
     """From the start of its ranks to their end."""
 
 
-def make_run(root: Path, packed: Path, twin: Twin | None = None, *, kept: int = KEPT) -> RunPaths:
-    """A run directory before its first attempt; with a ``twin``, the sanity check counts as done, too."""
+def make_run(
+    root: Path, packed: Path, *settings: str, kept: int = KEPT, ranks: int = RANKS, like: RunPaths | None = None
+) -> RunPaths:
+    """A run directory before its first attempt; the sanity check counts as done where that of ``like`` is."""
     paths = RunPaths(root)
     paths.make()
-    settings = [*SETTINGS, f"data.packed_dir={packed}", f"training.save_total_limit={kept}"]
-    run = resolve_run(TrainingPhase.SANITY_CHECK, config_file=CONFIG, settings=settings, ranks_per_node=RANKS)
+    settings = (*SETTINGS, f"data.packed_dir={packed}", f"training.save_total_limit={kept}", *settings)
+    run = resolve_run(TrainingPhase.SANITY_CHECK, config_file=CONFIG, settings=settings, ranks_per_node=ranks)
     run.write(paths.run_yaml)
-    if twin:
-        shutil.copy(twin.paths.sanity_report, paths.sanity_report)
+    if like:
+        shutil.copy(like.sanity_report, paths.sanity_report)
     return paths
 
 
-def run_undisturbed(paths: RunPaths) -> float:
+def run_undisturbed(paths: RunPaths, ranks: int = RANKS) -> float:
     """Run to the end; returns the seconds it took.
 
     Raises:
         BrokenChainError: it did not end well.
     """
-    agent, began = Agent(paths), time.monotonic()
+    agent, began = Agent(paths, ranks), time.monotonic()
     try:
         agent.start_ranks(None)
         codes = agent.codes()
@@ -74,13 +76,12 @@ def run_undisturbed(paths: RunPaths) -> float:
     return time.monotonic() - began
 
 
-def make_twin(folder: Path, packed: Path) -> Twin:
+def make_twin(folder: Path, packed: Path, *settings: str) -> Twin:
     """Run it twice: once keeping every checkpoint, for their digests, once as the others will be."""
-    every = make_run(folder / "every-checkpoint", packed, kept=STEPS)
+    every = make_run(folder / "every-checkpoint", packed, *settings, kept=STEPS)
     run_undisturbed(every)
     digests = {info.step: logical_digest(every.checkpoints / info.checkpoint_id) for info in listed(every)}
-    paths = make_run(folder / "twin", packed)
-    shutil.copy(every.sanity_report, paths.sanity_report)
+    paths = make_run(folder / "twin", packed, *settings, like=every)
     seconds = run_undisturbed(paths)
     return Twin(paths, digests, end_of(paths), seconds)
 

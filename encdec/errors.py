@@ -80,6 +80,10 @@ class UnreadableCheckpoint(CheckpointError):
     """Storage does not let a checkpoint be read, so nothing is known about it: it may well be sound."""
 
 
+class ForeignCheckpoint(CheckpointError):
+    """A sound checkpoint of another run, which nobody has asked to continue from."""
+
+
 class FencedError(EncdecError):
     """A newer attempt of the same run exists, so this one may no longer write."""
 

@@ -11,9 +11,11 @@ checksums of its own.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,7 +29,7 @@ from encdec.files import atomic_write_text
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state.json"
-STEP_FOLDER = re.compile(r"step-(\d+)")
+STEP_FOLDER = re.compile(r"step-(0|[1-9][0-9]*)")
 HASH_BUFFER_BYTES = 8 * 2**20
 
 
@@ -60,8 +62,11 @@ class Manifest:
 
     def to_text(self) -> str:
         """JSON with the digest of everything else as its last entry."""
-        values = asdict(self)
-        return json.dumps(values | {"digest": _digest_of(values)}, indent=1) + "\n"
+        return _text_of(asdict(self))
+
+
+def _text_of(values: dict[str, Any]) -> str:
+    return json.dumps(values | {"digest": _digest_of(values)}, indent=1) + "\n"
 
 
 def _digest_of(values: dict[str, Any]) -> str:
@@ -96,13 +101,15 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     with reading(path, "a readable manifest"):
-        values = json.loads(path.read_text(encoding="utf-8"))
-        digest = values.pop("digest")
+        _require_regular(path)
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text)
+        del values["digest"]
         if values["format_version"] != FORMAT_VERSION:
             raise _broken(path, f"a manifest of format {FORMAT_VERSION}", values["format_version"])
         files = [FileRecord(**record) for record in values["files"]]
         manifest = Manifest(**{**values, "files": files})
-    if digest != _digest_of(values):
+    if text != _text_of(values):  # letter by letter: another spelling of the same values is damage, too
         raise _broken(path, "a manifest that matches its own digest", "another content")
     name = STEP_FOLDER.fullmatch(folder.name)
     if name and int(name.group(1)) != manifest.step:
@@ -120,7 +127,7 @@ def verify_files(folder: Path, records: Iterable[FileRecord], progress: Callable
     for record in records:
         path = folder / record.path
         with reading(path, "every file of the manifest"):
-            size = path.stat().st_size  # first: it tells of most damage at once
+            size = _require_regular(path).st_size  # first: it tells of most damage at once
             found = hash_file(folder, path) if size == record.bytes else None
         if found is None:
             raise _broken(path, f"a file of {record.bytes} bytes", f"{size} bytes")
@@ -155,6 +162,14 @@ def verify(folder: Path, progress: Callable[[int], None] | None = None) -> Manif
     verify_names(folder, manifest)
     verify_files(folder, manifest.files, progress)
     return manifest
+
+
+def _require_regular(path: Path) -> os.stat_result:
+    """Facts of a file; what is none counts as absent: reading from a pipe would never end."""
+    facts = path.stat()
+    if not stat.S_ISREG(facts.st_mode):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    return facts
 
 
 @contextlib.contextmanager
