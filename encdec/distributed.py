@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -12,6 +13,10 @@ from encdec.errors import EncdecError
 T = TypeVar("T")
 Group = dist.ProcessGroup | None
 """Who takes part, always all ranks; None: the default group. A thread beside the training loop needs its own."""
+
+
+PATIENCE = timedelta(hours=6)
+"""What ranks wait for each other in a group beside the training loop: a slow disk is no reason to end training."""
 
 
 def is_distributed() -> bool:
@@ -24,6 +29,11 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size() if is_distributed() else 1
+
+
+def background_group() -> Group:
+    """A group of all ranks for one thread beside the training loop; collective. None in one process alone."""
+    return dist.new_group(backend="gloo", timeout=PATIENCE) if is_distributed() else None
 
 
 def broadcast(value: T) -> T:

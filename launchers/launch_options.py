@@ -71,13 +71,15 @@ def lead_seconds(measured: float | None, limit: float | None) -> int:
 
 
 def measured_stop_seconds(paths: RunPaths) -> float | None:
-    """Seconds of the slowest step and of the slowest save that the run has done; None before the first save. A save is
-    counted twice: the checkpoint is read back, too.
+    """Seconds of the slowest step and of what saving can take at a stop, from what the run has done; None before the
+    first save. The last checkpoint is written and read back; one that is being written in the background comes first.
     """
     attempts = [paths.attempt(number) for number in paths.attempt_numbers()]
-    saves = [r["seconds"] for a in attempts for r in read_json_lines(a.events("rank-0")) if r["event"] == "saved"]
+    events = [r for a in attempts for r in read_json_lines(a.events("rank-0")) if r["event"] == "saved"]
     steps = [r["step_seconds"] for a in attempts for r in read_steps(a.steps)]
-    return max(steps, default=0.0) + 2 * max(saves) if saves else None
+    background = any(r.get("blocking_seconds", r["seconds"]) < r["seconds"] for r in events)
+    saves = (3 if background else 2) * max((r["seconds"] for r in events), default=0.0)
+    return max(steps, default=0.0) + saves if events else None
 
 
 def limit_seconds(text: str) -> float:

@@ -21,6 +21,8 @@ class CheckpointInfo:
     metrics: dict[str, float]
     bytes: int
     time: float
+    scheduled: bool = True
+    """Whether the schedule of steps asked for it."""
 
 
 def committed(root: Path) -> list[CheckpointInfo]:
@@ -37,7 +39,9 @@ def committed(root: Path) -> list[CheckpointInfo]:
         except CheckpointError:
             continue
         size = sum(record.bytes for record in manifest.files)
-        infos.append(CheckpointInfo(folder.name, manifest.step, manifest.metrics, size, manifest.time))
+        infos.append(
+            CheckpointInfo(folder.name, manifest.step, manifest.metrics, size, manifest.time, manifest.scheduled)
+        )
     return infos
 
 

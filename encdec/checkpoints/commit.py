@@ -1,7 +1,8 @@
 """From a snapshot to a committed checkpoint.
 
-A save goes to ``step-<k>.tmp-<attempt>``; every rank syncs and hashes its own files; rank 0 writes the manifest,
-renames the folder and syncs the parent. A kill at any point leaves the previous checkpoint as the newest valid one.
+A save goes to ``step-<k>.tmp-<attempt>``; every rank writes, hashes and syncs its own files; rank 0 writes the
+manifest, renames the folder and syncs the parent. A kill at any point leaves the previous checkpoint as the
+newest valid one.
 """
 
 from __future__ import annotations
@@ -14,22 +15,22 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from encdec import distributed, files
-from encdec.checkpoints import folders
+from encdec.checkpoints import folders, space
+from encdec.checkpoints.image import write_hashed
 from encdec.checkpoints.manifest import (
     TRAINER_STATE,
     FileRecord,
     Manifest,
-    hash_file,
     verify_names,
     write_manifest,
 )
 from encdec.checkpoints.payload import Snapshot
 from encdec.distributed import Group
+from encdec.errors import EncdecError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +38,12 @@ class Draft:
     """All that a checkpoint will hold, as of its step boundary; nothing of it changes while training goes on."""
 
     step: int
-    state: dict[str, Any]
-    """The trainer state, plain JSON values."""
+    samples_consumed: int
+    state: str
+    """The trainer state as JSON."""
     metrics: dict[str, float]
+    scheduled: bool
+    """Whether the schedule of steps asked for it, so that every run like this one has it."""
     sharding: str
     """Name of the payload."""
     snapshot: Snapshot
@@ -65,26 +69,39 @@ class Committer:
         """Write and commit one checkpoint; collective over ``group``.
 
         Raises:
-            OSError: a rank could not write (the previous checkpoint is untouched); on every rank.
+            OSError: a rank could not write; on every rank. The previous checkpoint is untouched, of this one nothing
+                is left.
             FencedError: a newer attempt exists; on every rank.
         """
-        final = self.root / f"step-{draft.step}"
-        temporary = self.root / f"{final.name}.tmp-{self.attempt}"
-        distributed.on_rank_zero(lambda: folders.make_empty(temporary, draft.sharding), group)
+        temporary = self.root / f"step-{draft.step}.tmp-{self.attempt}"
+        try:
+            self._write(temporary, draft, group)
+        except (OSError, EncdecError):  # all ranks are here: the error is every rank's
+            distributed.on_rank_zero(lambda: folders.delete(temporary), group)
+            raise
+
+    def _write(self, temporary: Path, draft: Draft, group: Group) -> None:
+        def prepare() -> None:
+            ranks = distributed.world_size()
+            space.require_room(self.root, draft.snapshot.nbytes * ranks, ranks)  # rank 0's share is the largest
+            folders.make_empty(temporary, draft.sharding)
+
+        distributed.on_rank_zero(prepare, group)
         parts = distributed.together(lambda: self._write_own(temporary, draft, group), group)
         manifest = Manifest(
             step=draft.step,
-            samples_consumed=int(draft.state.get("samples_consumed", 0)),
+            samples_consumed=draft.samples_consumed,
             world_size=distributed.world_size(),
             sharding=draft.sharding,
             attempt=self.attempt,
             run_identity=self.run_identity,
+            scheduled=draft.scheduled,
             metrics={name: value for name, value in draft.metrics.items() if math.isfinite(value)},
             versions={"python": platform.python_version(), "torch": torch.__version__},
             time=time.time(),
             files=sorted((record for part in parts for record in part), key=lambda record: record.path),
         )
-        distributed.on_rank_zero(lambda: self._rename(temporary, final, manifest), group)
+        distributed.on_rank_zero(lambda: self._rename(temporary, manifest), group)
 
     @staticmethod
     def _write_own(temporary: Path, draft: Draft, group: Group) -> list[FileRecord]:
@@ -92,13 +109,11 @@ class Committer:
         written = draft.snapshot.write(temporary / draft.sharding, group)
         records = [dataclasses.replace(record, path=f"{draft.sharding}/{record.path}") for record in written]
         if distributed.rank() == 0:
-            path = temporary / TRAINER_STATE
-            files.atomic_write_json(path, draft.state)
-            path.chmod(0o600)
-            records.append(hash_file(temporary, path))
+            records.append(write_hashed(temporary / TRAINER_STATE, memoryview(draft.state.encode())))
         return records
 
-    def _rename(self, temporary: Path, final: Path, manifest: Manifest) -> None:
+    def _rename(self, temporary: Path, manifest: Manifest) -> None:
+        final = self.root / f"step-{manifest.step}"
         write_manifest(temporary, manifest)
         verify_names(temporary, manifest)
         self.fence()

@@ -1,4 +1,4 @@
-"""The FSDP2 payload: torch.distributed.checkpoint (DCP) of flat, named tensors.
+"""The FSDP2 payload: flat, named tensors in the format of torch.distributed.checkpoint (DCP), which reads them.
 
     model.<parameter>               fp32 master weight, or persistent buffer
     optim.<parameter>.<state>       AdamW's exp_avg, exp_avg_sq, step
@@ -23,16 +23,18 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from encdec import files
-from encdec.checkpoints.manifest import FileRecord, hash_file, reading, unreadable
-from encdec.distributed import Group, is_distributed, rank
+from encdec.checkpoints.image import Chunk, Entry, Image, index_of, write_hashed
+from encdec.checkpoints.manifest import FileRecord, reading, unreadable
+from encdec.distributed import Group, gather, is_distributed, rank
 from encdec.errors import CheckpointError
 
+METADATA = ".metadata"
 DIGEST_CHUNK_BYTES = 512 * 2**20
 
 
 def training_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     """Every tensor that has to survive, by name; sharded parameters stay sharded (DTensor)."""
-    tensors: dict[str, Tensor] = {f"model.{name}": parameter.data for name, parameter in model.named_parameters()}
+    tensors: dict[str, Tensor] = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
     tensors |= {f"model.{name}": buffer for name, buffer in _persistent_buffers(model)}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -41,18 +43,53 @@ def training_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor
 
 
 class Fsdp2Payload:
-    """What FSDP2 trains (or one process alone), through DCP; a Payload."""
+    """What FSDP2 trains (or one process alone), in DCP's format; a Payload."""
 
     name = "fsdp2"
 
+    def __init__(self) -> None:
+        self._key: list[tuple[Any, ...]] = []
+        self._own: list[bool] = []
+        self._image: Image | None = None
+        self._entries: dict[int, list[Entry]] = {}
+        self._index = b""
+
     def snapshot(self, model: nn.Module, optimizer: Optimizer) -> Fsdp2Snapshot:
-        return Fsdp2Snapshot(training_tensors(model, optimizer))
+        with torch.no_grad():
+            tensors = training_tensors(model, optimizer)
+            local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors.values()]
+        key = [_layout_key(*item) for item in zip(tensors, tensors.values(), local, strict=True)]
+        if self._image is None or key != self._key:
+            self._lay_out(tensors, local)
+            self._key = key
+        assert self._image is not None
+        self._image.copy([tensor for tensor, own in zip(local, self._own, strict=True) if own])
+        return Fsdp2Snapshot(self, self._image)
+
+    def _lay_out(self, tensors: dict[str, Tensor], local: list[Tensor]) -> None:
+        """Make the image anew: the first time, once the optimizer has state, and for another model."""
+        self._image = None  # its memory is needed now
+        chunks = [_own_chunk(*item) for item in tensors.items()]
+        self._own = [chunk is not None for chunk in chunks]
+        on_gpu = any(tensor.is_cuda for tensor in local)
+        self._image = Image([chunk for chunk in chunks if chunk], f"__{rank()}_0.distcp", pinned=on_gpu)
+        self._entries.pop(rank(), None)
+
+    def tell_entries(self, group: Group) -> bytes:
+        """DCP's index on rank 0, nothing elsewhere; collective. Only what is new is sent."""
+        assert self._image is not None
+        known = rank() in self._entries
+        news = gather(None if known else self._image.entries, group)
+        self._entries |= {sender: entries for sender, entries in enumerate(news) if entries is not None}
+        if rank() == 0 and any(entries is not None for entries in news):
+            self._index = index_of(entry for entries in self._entries.values() for entry in entries)
+        return self._index
 
     def load(self, folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
         metadata = read_metadata(folder)
         stored = {key for key in metadata.state_dict_metadata if key.startswith("model.")}
         prepare_optimizer_state(metadata, model, optimizer)
-        tensors = training_tensors(model, optimizer)
+        tensors = {name: tensor.detach() for name, tensor in training_tensors(model, optimizer).items()}
         wanted = {key for key in tensors if key.startswith("model.")}
         if stored != wanted:
             missing, unknown = sorted(wanted - stored), sorted(stored - wanted)
@@ -75,29 +112,42 @@ class Fsdp2Payload:
 
 
 class Fsdp2Snapshot:
-    """The training state as it is where it lies; a Snapshot for as long as training waits."""
+    """The training state of one step boundary in the payload's image; a Snapshot."""
 
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self._tensors = tensors
+    def __init__(self, payload: Fsdp2Payload, image: Image) -> None:
+        self._payload, self._image = payload, image
 
     @property
     def nbytes(self) -> int:
-        local = (t.to_local() if isinstance(t, DTensor) else t for t in self._tensors.values())
-        return sum(tensor.nbytes for tensor in local)
+        return self._image.buffer.nbytes
 
     def write(self, folder: Path, group: Group = None) -> list[FileRecord]:
-        writer = dcp.FileSystemWriter(folder, sync_files=True)
-        with _quiet():
-            try:
-                dcp.save(self._tensors, storage_writer=writer, process_group=group, no_dist=not is_distributed())
-            except BaseException as error:  # DCP's own exception derives from BaseException
-                raise _plain(error, folder) from error
-        own = sorted(folder.glob(f"__{rank()}_*.distcp")) + ([folder / ".metadata"] if rank() == 0 else [])
-        for path in own:
-            path.chmod(0o600)
-            files.fsync_file(path)
+        index = self._payload.tell_entries(group)
+        records = [self._image.write(folder)] if self._image.entries else []
+        if rank() == 0:
+            records.append(write_hashed(folder / METADATA, memoryview(index)))
         files.fsync_directory(folder)
-        return [hash_file(folder, path) for path in own]
+        return records
+
+
+def _layout_key(name: str, tensor: Tensor, local: Tensor) -> tuple[Any, ...]:
+    """What a place in the image depends on; compared at every save, so cheap."""
+    spread = (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else ()
+    return name, tensor.dtype, tensor.shape, local.shape, spread
+
+
+def _own_chunk(name: str, tensor: Tensor) -> Chunk | None:
+    """The part of a tensor that this rank writes: its shard, or the first replica of it; None where there is none."""
+    if not isinstance(tensor, DTensor):
+        offsets, sizes = (0,) * tensor.dim(), tuple(tensor.shape)
+        first = rank() == 0
+    else:
+        (part,) = tensor.__create_chunk_list__()
+        offsets, sizes = tuple(part.offsets), tuple(part.sizes)
+        coordinate = tensor.device_mesh.get_coordinate() or ()
+        first = all(not p.is_replicate() or not at for p, at in zip(tensor.placements, coordinate, strict=True))
+    chunk = Chunk(name, tensor.dtype, tuple(tensor.shape), offsets, sizes)
+    return chunk if first and chunk.nbytes else None
 
 
 def _fill(tensors: dict[str, Tensor], folder: Path, *, no_dist: bool) -> None:
@@ -133,7 +183,7 @@ def prepare_optimizer_state(metadata: Metadata, model: nn.Module, optimizer: Opt
 
 def read_metadata(folder: Path) -> Metadata:
     """DCP's index of the payload. It is a pickle: call only after the manifest has been verified."""
-    with reading(folder / ".metadata", "DCP's metadata"):
+    with reading(folder / METADATA, "DCP's metadata"):
         return dcp.FileSystemReader(folder).read_metadata()
 
 

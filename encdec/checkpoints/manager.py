@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -12,9 +13,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from encdec import distributed
-from encdec.checkpoints import catalog, folders, retention
+from encdec.checkpoints import catalog, folders, space
 from encdec.checkpoints.catalog import CheckpointInfo
 from encdec.checkpoints.commit import Committer, Draft
+from encdec.checkpoints.flight import Flight, Saved
 from encdec.checkpoints.manifest import (
     TRAINER_STATE,
     Manifest,
@@ -25,7 +27,12 @@ from encdec.checkpoints.manifest import (
     verify_names,
 )
 from encdec.checkpoints.payload import DEFAULT, Payload, payload_named
+from encdec.checkpoints.retention import Retention
+from encdec.distributed import Group
 from encdec.errors import CheckpointError, ForeignCheckpoint, UnreadableCheckpoint
+
+BYTES_PER_PARAMETER = 12
+"""fp32 weight and AdamW's two moments."""
 
 
 class Stateful(Protocol):
@@ -40,9 +47,11 @@ class CheckpointManager:
 
     Args:
         output_dir: folder that holds the ``step-<k>`` folders.
-        save_total_limit: checkpoints kept; the best and the newest are never deleted.
+        save_total_limit: checkpoints kept; the best and the newest are never deleted, nor those to be averaged.
         best_metric: name of the metric that makes a checkpoint the best one.
         best_metric_mode: whether less or more of it is better.
+        averaged: how many of the last scheduled checkpoints will be averaged at the end.
+        averaged_from: first step that can be among them; 0 where the end is not known.
         payload: reads and writes what the engine trains; FSDP2's unless given.
         attempt: number of the attempt that writes; part of the temporary folder's name.
         run_identity: digest of the configuration, recorded in the manifest.
@@ -56,18 +65,23 @@ class CheckpointManager:
         best_metric: str = "loss",
         best_metric_mode: Literal["min", "max"] = "min",
         *,
+        averaged: int = 0,
+        averaged_from: int = 0,
         payload: Payload | None = None,
         attempt: int = 0,
         run_identity: str = "",
         fence: Callable[[], None] = lambda: None,
     ) -> None:
         self.output_dir = Path(output_dir)
-        self.save_total_limit = save_total_limit
+        self.retention = Retention(limit=save_total_limit, averaged=averaged, averaged_from=averaged_from)
         self.best_metric, self.best_metric_mode = best_metric, best_metric_mode
         self.payload = payload or payload_named(DEFAULT)
         self.fence = fence
         self.rejected: list[str] = []
         self._committer = Committer(root=self.output_dir, attempt=attempt, run_identity=run_identity, fence=fence)
+        self._flight: Flight | None = None
+        self._background: Group = None
+        self._background_made = False
 
     # ---- save
 
@@ -80,31 +94,86 @@ class CheckpointManager:
         metrics: dict[str, float] | None = None,
         *,
         extra_state: dict[str, Any] | None = None,
+        scheduled: bool = True,
+        blocking: bool = True,
     ) -> str:
         """Write and commit one checkpoint; returns its id, ``step-<k>``.
 
         Args:
             extra_state: plain JSON values to have back at load: data position, seed, losses.
+            scheduled: whether the schedule of steps asks for it (and not a person, a signal or the clock).
+            blocking: False: return once the state is copied; a thread commits it while training goes on, and ``wait``
+                tells of it. One that is still being written is waited for first.
 
         Raises:
-            OSError: a rank could not write (the previous checkpoint is untouched).
+            OSError: a rank could not write (the previous checkpoint is untouched); now, or before in the background.
             FencedError: a newer attempt exists.
         """
+        self.wait()
+        began = time.perf_counter()
+        state = {"step": step, "scheduler": scheduler.state_dict(), **(extra_state or {})}
         draft = Draft(
             step=step,
-            state={"step": step, "scheduler": scheduler.state_dict(), **(extra_state or {})},
+            samples_consumed=int(state.get("samples_consumed", 0)),
+            state=json.dumps(state, indent=2) + "\n",
             metrics=metrics or {},
+            scheduled=scheduled,
             sharding=self.payload.name,
             snapshot=self.payload.snapshot(model, optimizer),
         )
-        self._committer.commit(draft)
-        distributed.on_rank_zero(self._prune)
+        if blocking:
+            self._commit(draft, None)
+        else:
+            group = self._background_group()
+            self._flight = Flight(step, began, lambda: self._commit(draft, group))
         return f"step-{step}"
 
-    def _prune(self) -> None:
+    def _background_group(self) -> Group:
+        """The group of the threads that commit; made once."""
+        if not self._background_made:
+            self._background, self._background_made = distributed.background_group(), True
+        return self._background
+
+    def _commit(self, draft: Draft, group: Group) -> None:
+        self._committer.commit(draft, group)
+        distributed.on_rank_zero(lambda: self._prune(draft.step), group)
+
+    def _prune(self, committed_step: int) -> None:
         infos = self.list_checkpoints()
-        for info in retention.spare(infos, self._best(infos), self.save_total_limit):
+        for info in self.retention.spare(infos, self._best(infos), committed_step):
             folders.delete(folders.set_aside(self.output_dir / info.checkpoint_id, "deleted"))
+
+    @property
+    def flying(self) -> Flight | None:
+        """The save in the background that nobody has waited for yet."""
+        return self._flight
+
+    def wait(self, timeout: float | None = None) -> Saved | None:
+        """Wait for the save in the background; what it came to, or None where there was none.
+
+        Raises:
+            OSError, EncdecError: it failed, on every rank; the previous checkpoint is untouched.
+            TimeoutError: it is not done after ``timeout`` seconds.
+        """
+        flight = self._flight
+        if flight is None:
+            return None
+        try:
+            return flight.wait(timeout)
+        finally:
+            if not flight.writing:
+                self._flight = None
+
+    def require_room(self, model: nn.Module) -> None:
+        """Rank 0 only, before training: there must be room for one more checkpoint.
+
+        Raises:
+            OSError: ENOSPC, with what is needed, by the last checkpoint or by the model's size, and what is there.
+        """
+        infos = self.list_checkpoints()
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        expected = infos[-1].bytes if infos else BYTES_PER_PARAMETER * parameters
+        space.require_room(self.output_dir, expected, distributed.world_size())
 
     # ---- find
 
@@ -129,6 +198,7 @@ class CheckpointManager:
         Raises:
             CheckpointError: none is valid, but one could not be read or moved: the run must not start over in silence.
         """
+        self.wait()
         left: list[str] = []
         for step in reversed(distributed.on_rank_zero(lambda: folders.committed_steps(self.output_dir))):
             folder = self.output_dir / f"step-{step}"
@@ -187,6 +257,7 @@ class CheckpointManager:
         Raises:
             CheckpointError: it does not verify, or it is of another model.
         """
+        self.wait()
         self._verify_together(folder)
         return self._load_verified(folder, model, optimizer, scheduler)
 
@@ -223,6 +294,7 @@ class CheckpointManager:
         self, model: nn.Module, optimizer: Optimizer, scheduler: Stateful
     ) -> tuple[int, int, dict[str, Any]] | None:
         """Load the checkpoint with the best metric: (step, epoch, trainer state), or None where none has the metric."""
+        self.wait()
         best = distributed.on_rank_zero(lambda: self._best(self.list_checkpoints()))
         if best is None:
             return None

@@ -57,6 +57,8 @@ class Manifest:
     versions: dict[str, str]
     time: float
     """Seconds since the epoch."""
+    scheduled: bool = True
+    """Whether the schedule of steps asked for it; others were asked for by a person, a signal or the clock."""
     files: list[FileRecord] = field(default_factory=list)
     format_version: int = FORMAT_VERSION
 

@@ -29,6 +29,7 @@ from encdec.training.config import FullConfig
 from encdec.training.observers import Observer, Records, TensorBoard, TextLog, WeightsAndBiases
 from encdec.training.rules import require_memory
 from encdec.training.run_config import RunConfig
+from encdec.training.saving import AVERAGED_CHECKPOINTS, averaged_from
 from encdec.training.signals import Requests
 from encdec.training.trainer import Qwen3EncoderDecoderTrainer
 from encdec.weight_initialization import build_from_scratch, initialize_from_qwen3
@@ -176,6 +177,8 @@ def build_trainer(
         checkpoints=CheckpointManager(
             paths.checkpoints,
             config.training.save_total_limit,
+            averaged=AVERAGED_CHECKPOINTS,
+            averaged_from=averaged_from(config.training, run.num_train_steps),
             attempt=attempt,
             run_identity=run.identity,
             fence=fence(paths, attempt),

@@ -182,8 +182,14 @@ class TrainingConfig(Section):
     """Compute in float16."""
     save_steps: PositiveInt = 1000
     """Steps between checkpoints."""
+    save_every: Literal["steps", "auto"] = "steps"
+    """auto: between those of ``save_steps``, also whenever the optimum (Daly) for what a save costs has passed."""
+    async_save: bool = True
+    """Write scheduled checkpoints while training goes on; only the copy to host memory blocks it."""
+    on_save_failure: Literal["continue", "stop"] = "continue"
+    """When storage takes no checkpoint: train on if there is an earlier one. The last save of a run always stops it."""
     save_total_limit: PositiveInt = 5
-    """Checkpoints kept. The best one and the last valid one are never deleted."""
+    """Checkpoints kept. The best, the last valid and those of the final average are never deleted."""
     eval_steps: PositiveInt = 500
     """Steps between evaluations."""
     eval_samples: NonNegativeInt = 1000
@@ -227,6 +233,8 @@ class InfraConfig(Section):
     """DeepSpeed JSON file."""
     num_gpus: PositiveInt = 8
     """Ranks per node (one a GPU, or one a process where device is cpu)."""
+    mean_time_to_interrupt_hours: PositiveFloat = 24.0
+    """Between failures of the whole job, for ``save_every: auto``; 24 fits some hundred GPUs of a sound cluster."""
     wandb_project: str = "qwen3-encoder-decoder"
     """W&B project."""
     wandb_entity: str | None = None

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from encdec.checkpoints import Saved
 from encdec.records import JsonLinesWriter, StepRecord, event
 
 log = logging.getLogger("encdec.train")
@@ -22,7 +23,8 @@ class Observer(Protocol):
 
     def on_step(self, record: StepRecord, moving_loss: float) -> None: ...
     def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None: ...
-    def on_save(self, step: int, name: str, seconds: float) -> None: ...
+    def on_save(self, saved: Saved) -> None: ...
+    def on_save_failed(self, step: int, reason: str, last: str | None) -> None: ...
     def close(self) -> None: ...
 
 
@@ -43,8 +45,19 @@ class Records:
     def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         self._events.write(event("evaluated", step=step, **metrics))
 
-    def on_save(self, step: int, name: str, seconds: float) -> None:
-        self._events.write(event("saved", step=step, checkpoint=name, seconds=seconds))
+    def on_save(self, saved: Saved) -> None:
+        self._events.write(
+            event(
+                "saved",
+                step=saved.step,
+                checkpoint=saved.checkpoint_id,
+                seconds=saved.seconds,
+                blocking_seconds=saved.blocking_seconds,
+            )
+        )
+
+    def on_save_failed(self, step: int, reason: str, last: str | None) -> None:
+        self._events.write(event("save_failed", step=step, reason=reason, checkpoint=last))
 
     def close(self) -> None:
         self._steps.close()
@@ -62,7 +75,7 @@ class TextLog:
     def __init__(self, total_steps: int, logging_steps: int) -> None:
         self._total, self._every = total_steps, logging_steps
         self._seconds: deque[float] = deque(maxlen=50)
-        self._since_save = 0
+        self._saved = 0
         self._first_memory: float | None = None
         self._bar: Progress | None = None
         if sys.stderr.isatty():
@@ -79,7 +92,7 @@ class TextLog:
 
     def on_step(self, record: StepRecord, moving_loss: float) -> None:
         self._seconds.append(record.step_seconds)
-        self._since_save += 1
+        self._saved = self._saved or record.step - 1  # a run that goes on counts from where it went on
         if self._bar:
             text = f"loss {moving_loss:.4f}  {record.tokens_per_second:,.0f} tok/s"
             self._bar.update(self._task, completed=record.step, description=text)
@@ -93,7 +106,7 @@ class TextLog:
             f"step {record.step}/{self._total}  loss {record.loss:.4f} (50-step mean {moving_loss:.4f})  "
             f"grad norm {record.grad_norm:.3f}  lr {record.learning_rate:.3e}  "
             f"{record.tokens_per_second:,.0f} tokens/s  "
-            f"memory {record.memory_gb:.2f} GB  since checkpoint {self._since_save}  ETA {left:.0f} s"
+            f"memory {record.memory_gb:.2f} GB  since checkpoint {record.step - self._saved}  ETA {left:.0f} s"
         )
 
     def _watch_memory(self, memory_gb: float) -> None:
@@ -106,9 +119,17 @@ class TextLog:
     def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         log.info("evaluation at step %d: %s", step, "  ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
 
-    def on_save(self, step: int, name: str, seconds: float) -> None:
-        self._since_save = 0
-        log.info("checkpoint %s committed in %.2f s", name, seconds)
+    def on_save(self, saved: Saved) -> None:
+        self._saved = saved.step
+        log.info(
+            "checkpoint %s committed in %.2f s, training stood still for %.2f s",
+            saved.checkpoint_id,
+            saved.seconds,
+            saved.blocking_seconds,
+        )
+
+    def on_save_failed(self, step: int, reason: str, last: str | None) -> None:
+        log.error("no checkpoint of step %d: %s; the newest is %s", step, reason, last or "none")
 
     def close(self) -> None:
         if self._bar:
@@ -131,8 +152,12 @@ class TensorBoard:
         for name, value in metrics.items():
             self._writer.add_scalar(f"eval/{name}", value, step)
 
-    def on_save(self, step: int, name: str, seconds: float) -> None:
-        self._writer.add_scalar("checkpoint/seconds", seconds, step)
+    def on_save(self, saved: Saved) -> None:
+        self._writer.add_scalar("checkpoint/seconds", saved.seconds, saved.step)
+        self._writer.add_scalar("checkpoint/blocking_seconds", saved.blocking_seconds, saved.step)
+
+    def on_save_failed(self, step: int, reason: str, last: str | None) -> None:
+        self._writer.add_text("checkpoint/failed", reason, step)
 
     def close(self) -> None:
         self._writer.close()
@@ -166,8 +191,12 @@ class WeightsAndBiases:
     def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log({f"eval/{name}": value for name, value in metrics.items()}, step=step)
 
-    def on_save(self, step: int, name: str, seconds: float) -> None:
-        self._run.log({"checkpoint/seconds": seconds}, step=step)
+    def on_save(self, saved: Saved) -> None:
+        seconds = {"checkpoint/seconds": saved.seconds, "checkpoint/blocking_seconds": saved.blocking_seconds}
+        self._run.log(seconds, commit=False)  # with the next step's: W&B takes nothing about steps that have passed
+
+    def on_save_failed(self, step: int, reason: str, last: str | None) -> None:
+        self._run.alert("A checkpoint could not be written", f"step {step}: {reason}; the newest is {last}")
 
     def close(self) -> None:
         self._run.finish()

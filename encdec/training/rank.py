@@ -104,6 +104,7 @@ def _train(
         requests.listen()  # not before: until now there is nothing to save, and SIGTERM should simply end this rank
         return finish(run, paths, trainer.train(), trainer)
     finally:
+        trainer.saving.abandon()
         for observer in trainer.observers:
             observer.close()
         dist.destroy_process_group()

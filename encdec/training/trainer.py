@@ -28,6 +28,7 @@ from encdec.training.config import FullConfig
 from encdec.training.early_stopping import EarlyStopping
 from encdec.training.observers import Observer
 from encdec.training.optimizer import make_optimizer
+from encdec.training.saving import Saving, Standing
 from encdec.training.schedule import Schedule
 from encdec.training.signals import Requests, Wishes
 from encdec.training.state import MOVING_WINDOW, LossHistory, TrainingState, TrainResult
@@ -99,7 +100,7 @@ class Qwen3EncoderDecoderTrainer:
         self._unit = float(training.per_device_train_batch_size * config.data.max_decoder_length)
         self._device = next(model.parameters()).device
         self._process = psutil.Process()
-        self._last_saved: str | None = None
+        self.saving = Saving(self.checkpoints, config, self.total_steps, self.observers)
         self._batches: Iterator[dict[str, Tensor]] | None = None
 
     # ---- the loop
@@ -109,25 +110,29 @@ class Qwen3EncoderDecoderTrainer:
 
         Raises:
             TrainingDiverged: the loss is not a finite number.
+            OSError: a checkpoint could not be written, or there is no room for one from the beginning.
         """
         self.model.train()
         self._make_up_evaluation()
         message = self._completion()
         cause = "complete" if message else ""
+        if not cause:
+            distributed.on_rank_zero(lambda: self.checkpoints.require_room(self.model))
         while not cause:
-            record, wishes = self._step()
+            record, wishes, standing = self._step()
             cause, message = self._decide(record, wishes)
-            self._close_step(record, wishes, cause)
+            self._close_step(record, wishes, standing, cause)
         return TrainResult(
-            cause, self.state.global_step, self._last_saved, self.losses.first_mean, self.losses.last_mean(), message
+            cause, self.state.global_step, self.saving.last, self.losses.first_mean, self.losses.last_mean(), message
         )
 
-    def _step(self) -> tuple[StepRecord, Wishes]:
-        """One optimizer step: its record and what any rank was asked to do, the same on every rank."""
+    def _step(self) -> tuple[StepRecord, Wishes, Standing]:
+        """One optimizer step: its record, what any rank was asked to do and how its saving stands, for all ranks."""
         began = time.perf_counter()
         torch.manual_seed(self._step_seed())
         own_loss_sum, own_tokens, waited = self._forward_backward()
-        loss_sum, tokens, squares, *wishes = self._reduce(own_loss_sum, own_tokens, self.requests.look())
+        flags = [*self.requests.look(), *self.saving.look()]
+        loss_sum, tokens, squares, *counts = self._reduce(own_loss_sum, own_tokens, flags)
         loss = loss_sum / max(tokens, 1.0)
         if not math.isfinite(loss) or not math.isfinite(squares):
             raise TrainingDiverged(
@@ -149,7 +154,8 @@ class Qwen3EncoderDecoderTrainer:
             data_seconds=waited, samples_consumed=self.state.samples_consumed, memory_gb=self._memory_gb(),
             attempt=self.attempt, restart=self.restart,
         )  # fmt: skip
-        return record, Wishes(*(wish > 0 for wish in wishes))
+        seen = [count > 0 for count in counts]
+        return record, Wishes(*seen[: len(Wishes._fields)]), Standing(*seen[len(Wishes._fields) :])
 
     def _forward_backward(self) -> tuple[Tensor, int, float]:
         """(summed loss [], target tokens, seconds waited for data) of this rank's A micro-batches."""
@@ -178,11 +184,11 @@ class Qwen3EncoderDecoderTrainer:
             self._batches = iter(self.train_dataloader)
         return next(self._batches)
 
-    def _reduce(self, loss_sum: Tensor, tokens: int, wishes: Wishes) -> list[float]:
-        """The step's one collective: sums of loss, tokens, squared gradients and each wish over all ranks."""
+    def _reduce(self, loss_sum: Tensor, tokens: int, flags: list[bool]) -> list[float]:
+        """The step's one collective: sums of loss, tokens, squared gradients and each flag over all ranks."""
         norms = torch._foreach_norm(self._local_gradients())
         squares = torch.stack(norms).double().square().sum()
-        counts = torch.tensor([tokens, *wishes], dtype=torch.float64, device=self._device)
+        counts = torch.tensor([tokens, *flags], dtype=torch.float64, device=self._device)
         values = torch.cat([torch.stack([loss_sum, counts[0], squares.to(self._device)]), counts[1:]])
         if distributed.is_distributed():
             dist.all_reduce(values)
@@ -227,14 +233,16 @@ class Qwen3EncoderDecoderTrainer:
             return f"stopped early: {self.early_stopping.reason}"
         return f"all {self.total_steps} steps done" if self.state.global_step >= self.total_steps else ""
 
-    def _close_step(self, record: StepRecord, wishes: Wishes, cause: str) -> None:
+    def _close_step(self, record: StepRecord, wishes: Wishes, standing: Standing, cause: str) -> None:
         for observer in self.observers:
             observer.on_step(record, self.losses.last_mean(MOVING_WINDOW))
+        if not standing.writing:
+            self.saving.land()
         hurried = wishes.signalled or wishes.stop  # a cluster kills soon after its signal: save before all else
         if not hurried and self._evaluation_is_owed():
             self._evaluate_and_tell()
-        if cause or wishes.save or self._is_scheduled():
-            self.save()
+        if cause or wishes.save or standing.due or self.saving.is_scheduled(record.step):
+            self.save(goes_on=not cause)
         if cause == "complete":
             self._make_up_evaluation()
 
@@ -266,7 +274,7 @@ class Qwen3EncoderDecoderTrainer:
     def _evaluation_is_owed(self) -> bool:
         """Whether the present step is one to evaluate at, and has not been: who is told to stop leaves without."""
         step = self.state.global_step
-        due = self._is_scheduled() or step % self.config.training.eval_steps == 0
+        due = self.saving.is_scheduled(step) or step % self.config.training.eval_steps == 0
         return self.eval_dataloader is not None and step > 0 and due and not self.state.metrics
 
     def _make_up_evaluation(self) -> None:
@@ -275,23 +283,18 @@ class Qwen3EncoderDecoderTrainer:
             self._evaluate_and_tell()
             self.save()
 
-    def _is_scheduled(self) -> bool:
-        """Whether a checkpoint of the present step is made without being asked for."""
-        step = self.state.global_step
-        return step >= self.total_steps or step % self.config.training.save_steps == 0
+    def save(self, *, goes_on: bool = False) -> None:
+        """Commit a checkpoint of the present step; where training ``goes_on``, as ``training.async_save`` says.
 
-    def save(self) -> str:
-        """Commit a checkpoint of the present step; returns its id."""
-        began = time.perf_counter()
+        Raises:
+            OSError: it could not be written, and ``training.on_save_failure`` does not let training go on without.
+        """
+        step, state = self.state.global_step, self._extra_state()
+        scheduled = self.saving.is_scheduled(step) or bool(self._completion())
         # one that was only asked for has no metrics: it must not become the best, which an undisturbed run lacks
-        metrics = self.state.metrics if self._is_scheduled() or self._completion() else {}
-        name = self.checkpoints.save(
-            self.model, self.optimizer, self.schedule, self.state.global_step, metrics, extra_state=self._extra_state()
-        )
-        self._last_saved = name
-        for observer in self.observers:
-            observer.on_save(self.state.global_step, name, time.perf_counter() - began)
-        return name
+        metrics = self.state.metrics if scheduled else {}
+        parts = self.model, self.optimizer, self.schedule
+        self.saving.save(*parts, step, metrics, state, scheduled=scheduled, goes_on=goes_on)
 
     def load_checkpoint(self, path: Path) -> None:
         """Continue from a verified checkpoint folder, at any world size.
@@ -328,7 +331,7 @@ class Qwen3EncoderDecoderTrainer:
             self.early_stopping.load_state_dict(state["early_stopping"])
         self.train_dataloader.batch_sampler.set_position(self.state.samples_consumed)  # type: ignore[union-attr]
         self._batches = None
-        self._last_saved = folder.name
+        self.saving.last = folder.name
 
     def _extra_state(self) -> dict[str, Any]:
         return {

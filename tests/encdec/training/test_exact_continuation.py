@@ -62,8 +62,11 @@ class Memory:
         self.told.append(("evaluated", step))
         self.evaluations[step] = dict(metrics)
 
-    def on_save(self, step, name, seconds):
-        self.told.append(("saved", step))
+    def on_save(self, saved):
+        self.told.append(("saved", saved.step))
+
+    def on_save_failed(self, step, reason, last):
+        self.told.append(("failed", step))
 
     def close(self): ...
 

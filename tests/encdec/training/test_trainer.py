@@ -10,7 +10,7 @@ import pytest
 import torch
 from blake3 import blake3
 
-from encdec.checkpoints import CheckpointManager
+from encdec.checkpoints import CheckpointManager, Saved
 from encdec.data.collator import UL2DataCollator
 from encdec.data.corpus import open_corpus
 from encdec.data.packing import ensure_packed, open_packed
@@ -115,6 +115,7 @@ class Listener:
     def __init__(self, records: list[StepRecord]) -> None:
         self.records = records
         self.evaluations: list[int] = []
+        self.saved: list[int] = []
 
     def on_step(self, record, moving_loss):
         self.records.append(record)
@@ -122,8 +123,12 @@ class Listener:
     def on_evaluation(self, step, metrics):
         self.evaluations.append(step)
 
-    def on_save(self, step, name, seconds):
-        assert seconds > 0
+    def on_save(self, saved):
+        assert 0 < saved.blocking_seconds <= saved.seconds
+        self.saved.append(saved.step)
+
+    def on_save_failed(self, step, reason, last):
+        pytest.fail(reason)
 
     def close(self):
         self.records.clear()
@@ -137,6 +142,7 @@ def test_tokens_and_samples_are_counted_without_padding(run, kit: Kit):
     assert [r.samples_consumed for r in records] == [8 * step for step in range(1, 7)]
     assert [r.tokens_seen for r in records] == [8 * run.sample_length * step for step in range(1, 7)]
     assert listener.evaluations == [3, 6]
+    assert listener.saved == [3, 6]
     assert [info.step for info in kit.trainer.checkpoints.list_checkpoints()] == [3, 6]
 
 
@@ -198,10 +204,11 @@ def test_records_survive_a_torn_line(tmp_path: Path):
         stream.write('{"step": 2, "lo')  # a killed writer
     records = Records(steps, events)
     records.on_step(a_record(3), 2.0)
-    records.on_save(3, "step-3", 0.5)
+    records.on_save(Saved(step=3, checkpoint_id="step-3", seconds=0.5, blocking_seconds=0.1))
+    records.on_save_failed(4, "No space left on device", "step-3")
     records.close()
     assert [record["step"] for record in read_json_lines(steps)] == [1, 3]
-    assert [record["event"] for record in read_json_lines(events)] == ["saved"]
+    assert [record["event"] for record in read_json_lines(events)] == ["saved", "save_failed"]
 
 
 def test_text_log_says_where_it_stands_and_warns_of_memory(caplog):
