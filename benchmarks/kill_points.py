@@ -1,8 +1,9 @@
 """Where a rank dies: at a file operation on its checkpoints, seen through Python's audit events.
 
 Python tells an audit hook of every open, rename, mkdir and removal before it happens, in whichever thread: the program
-that is killed runs as it is, nothing in it is patched. What happens between two operations (copies in memory, writes
-into an open file, collectives) is reached by a kill from outside, some milliseconds after one of them.
+that is killed runs as it is, nothing in it is patched but one call: that by which an engine copies its state, which no
+event tells of. What happens between two operations (the copy itself, writes into an open file, collectives) is reached
+by a kill from outside, some milliseconds after one of them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any, Literal
 Scope = Literal["one rank", "all ranks", "agent and all"]
 SCOPES: tuple[Scope, ...] = ("one rank", "all ranks", "agent and all")
 
+COPY = "the state is copied"
 SHARD = "a shard is written"
 BETWEEN = "between shards and manifest"
 MANIFEST = "the manifest is written"
@@ -32,8 +34,8 @@ CLEAR = "leftovers are cleared up"
 READ = "verifying and loading"
 ANY = "any operation on checkpoints"
 MOMENT = "any moment"
-PLACES = (SHARD, BETWEEN, MANIFEST, BEFORE, AFTER, REPLACE, PRUNE, QUARANTINE, CLEAR, READ, ANY, MOMENT)
-SHARED = (SHARD, BETWEEN, READ, ANY, MOMENT)
+PLACES = (COPY, SHARD, BETWEEN, MANIFEST, BEFORE, AFTER, REPLACE, PRUNE, QUARANTINE, CLEAR, READ, ANY, MOMENT)
+SHARED = (COPY, SHARD, BETWEEN, READ, ANY, MOMENT)
 """Places that every rank comes to; the others are rank 0's."""
 
 UNFINISHED = re.compile(r"step-\d+\.tmp-\d+")
@@ -64,7 +66,7 @@ class Kill:
 class Operation:
     """One file operation, its paths relative to the folder of checkpoints."""
 
-    kind: Literal["read", "write", "rename", "mkdir", "remove", "list", "chmod"]
+    kind: Literal["copy", "read", "write", "rename", "mkdir", "remove", "list", "chmod"]
     path: str
     """Empty: the folder itself. What is removed inside a tree has the tree's path."""
     target: str = ""
@@ -74,6 +76,10 @@ class Operation:
 def classify(operation: Operation, before: str) -> str:
     """The place that ``operation`` belongs to, ``before`` being that of the operation before it in the same thread."""
     path, target = operation.path, operation.target
+    if operation.kind == "copy":
+        return COPY
+    if operation.kind == "list" and before in ("", CLEAR):  # a start lists twice: what is left over, what is committed
+        return READ if before else CLEAR
     top, _, inside = path.partition("/")
     if "quarantine" in (top, target.partition("/")[0]):
         return QUARANTINE
@@ -88,7 +94,7 @@ def classify(operation: Operation, before: str) -> str:
     if ".tmp-replaced-" in top or ".tmp-deleted-" in top:
         return {REPLACE: REPLACE, PRUNE: PRUNE}.get(before, CLEAR)
     if UNFINISHED.fullmatch(top):
-        return _classify_unfinished(operation, inside)
+        return _classify_unfinished(operation, inside, before)
     if operation.kind == "read" and not path and before in (BEFORE, REPLACE):  # the folder is opened to be synced
         return AFTER if before == BEFORE else REPLACE
     if before in (AFTER, REPLACE, PRUNE):
@@ -96,9 +102,9 @@ def classify(operation: Operation, before: str) -> str:
     return READ if COMMITTED.fullmatch(top) else before
 
 
-def _classify_unfinished(operation: Operation, inside: str) -> str:
-    if operation.kind == "remove" and not inside:
-        return CLEAR
+def _classify_unfinished(operation: Operation, inside: str, before: str) -> str:
+    if operation.kind == "remove":
+        return CLEAR if before == CLEAR else SHARD
     if "manifest.json" in inside:
         return MANIFEST
     if "/" in inside and operation.kind in ("write", "mkdir"):
@@ -122,15 +128,25 @@ class Watch:
         self._done = False
         self._threads = threading.local()
 
-    def arm(self) -> None:
+    def arm(self, engine: Any) -> None:
+        """From now on; ``engine`` is the class of the payload whose copies are seen."""
         sys.addaudithook(self._on_event)
+        copy = engine.snapshot
+
+        def snapshot(*arguments: Any, **named: Any) -> Any:
+            self._count(Operation("copy", ""))
+            return copy(*arguments, **named)
+
+        engine.snapshot = snapshot
 
     def _on_event(self, event: str, arguments: tuple[Any, ...]) -> None:
         reader = READERS.get(event)
-        if reader is None or self._done:
-            return
-        operation = self._seen_by(event, reader(arguments))
-        if operation is None:
+        operation = reader and self._seen_by(event, reader(arguments))
+        if operation:
+            self._count(operation)
+
+    def _count(self, operation: Operation) -> None:
+        if self._done:
             return
         place = classify(operation, getattr(self._threads, "place", ""))
         self._threads.place = place

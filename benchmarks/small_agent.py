@@ -20,6 +20,7 @@ from pathlib import Path
 
 from benchmarks.kill_points import MOMENT, Kill, Watch, strike
 from benchmarks.peers import PATIENCE_SECONDS
+from encdec.checkpoints.payload import DEFAULT, payload_named
 from encdec.files import RunPaths
 from encdec.training import lifeline
 
@@ -144,7 +145,7 @@ def start_ranks(paths: RunPaths, attempt: int, restart: int, ranks: int, kill: K
                 set_environment(rank, ranks, restart, port)
                 if kill and kill.victim == rank and kill.place != MOMENT:
                     die = partial(strike, kill.scope, agent, group or os.getpid(), os.getpid())
-                    Watch(paths.checkpoints, kill, notes, die).arm()
+                    Watch(paths.checkpoints, kill, notes, die).arm(type(payload_named(DEFAULT)))
                 code = run_rank(paths, attempt)
             except BaseException:
                 traceback.print_exc()

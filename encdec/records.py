@@ -49,6 +49,14 @@ class JsonLinesWriter:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._torn = False
 
+    def sync(self) -> None:
+        """Make durable what has been appended.
+
+        Raises:
+            OSError: storage did not take it.
+        """
+        os.fsync(self._descriptor)
+
     def close(self) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)

@@ -1,24 +1,27 @@
-"""Runs on disks that fail, or are slow: real file systems on loop devices, and the kernel's own ways to fail and to slow."""
+"""Runs on disks that fail or are slow: real file systems on loop devices, failed and slowed by the kernel itself."""
 
 from __future__ import annotations
 
-import json
+import contextlib
+import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import pytest
 
 from encdec.checkpoints import CheckpointManager
 from encdec.files import RunPaths
 from encdec.records import read_json_lines
-from tests.conftest import Lab, kill_everything, losses, wait_for_step, wait_until
+from tests.conftest import Lab, kill_everything, losses, ranks_of, wait_for_step, wait_until
 
 THROTTLES = Path("/sys/fs/cgroup/blkio")
 """Where cgroup v1 limits a device's bytes a second."""
+THROTTLED = "encdec-slow-disk"
+SLOW_BYTES_PER_SECOND = 400_000
+"""About one checkpoint of the micro model a second."""
 
 
 @dataclass
@@ -32,6 +35,25 @@ class Disk:
     def open(self) -> None:
         self.mount("-o", "loop,errors=remount-ro", str(self.image), str(self.place))
 
+    @contextlib.contextmanager
+    def slowed(self, pids: list[int], bytes_per_second: int) -> Iterator[None]:
+        """Inside, what these processes write to it is throttled; skips where nothing can do that."""
+        group = THROTTLES / f"{THROTTLED}-{os.getpid()}"
+        if not (THROTTLES / "blkio.throttle.write_bps_device").exists():
+            pytest.skip("needs cgroup v1's blkio throttles")
+        group.mkdir()
+        numbers = Path("/sys/block", self.device, "dev").read_text().strip()
+        (group / "blkio.throttle.write_bps_device").write_text(f"{numbers} {bytes_per_second}")
+        try:
+            for pid in pids:
+                (group / "cgroup.procs").write_text(str(pid))
+            yield
+        finally:
+            for left in (group / "cgroup.procs").read_text().split():
+                with contextlib.suppress(ProcessLookupError):
+                    (THROTTLES / "cgroup.procs").write_text(left)
+            group.rmdir()
+
     @property
     def device(self) -> str:
         """Its name below /dev."""
@@ -44,7 +66,7 @@ class Disk:
 
     def mend(self) -> None:
         """What was on it, on a new one: the old one may still be mounted where another process looks at mounts."""
-        subprocess.run(["umount", str(self.place)], check=True)
+        wait_until(lambda: subprocess.run(["umount", str(self.place)]).returncode == 0, "nothing runs on it any more")
         failed, self.image = self.image, self.image.with_name("new-image")
         shutil.copyfile(failed, self.image)
         assert subprocess.run(["e2fsck", "-fy", str(self.image)], capture_output=True).returncode < 4
@@ -73,7 +95,6 @@ def test_disk_that_fails_mid_run(lab: Lab, twin: RunPaths, twin_digest: str, dis
     wait_for_step(paths, 20)
     disk.fail()
     output, _ = process.communicate(timeout=120)
-    print(output)
     assert process.returncode == 1, output
     said = " ".join(output.replace("│", " ").split())
     assert "Read-only file system" in said
@@ -84,5 +105,26 @@ def test_disk_that_fails_mid_run(lab: Lab, twin: RunPaths, twin_digest: str, dis
     CheckpointManager(paths.checkpoints).validate("step-15")
     code, output = lab.submit(paths.root)
     assert code == 0, output
+    assert lab.digest(paths.checkpoints / "step-60") == twin_digest
+    assert losses(paths) == losses(twin)
+
+
+def test_slow_disk_holds_nothing_up_but_the_commit(lab: Lab, twin: RunPaths, twin_digest: str, disk: Disk):
+    """Training goes on beside a save that takes long; a kill amid it costs the steps since the one before."""
+    paths = RunPaths(disk.place / "run")
+    process = lab.start_submit(paths.root)
+    wait_for_step(paths, 1)
+    with disk.slowed([rank.pid for rank in ranks_of(paths)], SLOW_BYTES_PER_SECOND):
+        wait_until(lambda: list(paths.checkpoints.glob("step-30.tmp-0")), "the second save has begun")
+        kill_everything(paths)
+    process.communicate(timeout=60)
+    events = list(read_json_lines(paths.attempt(0).events("rank-0")))
+    [saved] = [entry for entry in events if entry["event"] == "saved"]
+    assert saved["checkpoint"] == "step-15"
+    [info] = CheckpointManager(paths.checkpoints).list_checkpoints()
+    assert saved["seconds"] >= 0.5 * info.bytes / SLOW_BYTES_PER_SECOND  # it was slow indeed
+    code, output = lab.submit(paths.root)
+    assert code == 0, output
+    assert min(record["step"] for record in read_json_lines(paths.attempt(1).steps)) == 16
     assert lab.digest(paths.checkpoints / "step-60") == twin_digest
     assert losses(paths) == losses(twin)

@@ -17,7 +17,7 @@ from benchmarks.undisturbed import Twin, make_run, make_twin
 SHORT = ("training.num_train_steps=16",)
 """Four checkpoints."""
 RUNS, KILLS_OF_A_RUN = 4, 3
-AIMED_AT = (at.SHARD, at.BETWEEN, at.MANIFEST, at.BEFORE, at.AFTER, at.PRUNE, at.READ, at.ANY)
+AIMED_AT = (at.COPY, at.SHARD, at.BETWEEN, at.MANIFEST, at.BEFORE, at.AFTER, at.PRUNE, at.READ, at.ANY)
 
 
 @st.composite
@@ -84,6 +84,8 @@ def test_damaged_checkpoint_and_kills_while_it_is_moved_away(lab: tuple[Twin, Pa
 @pytest.mark.parametrize(
     ("operation", "before", "place"),
     [
+        (Operation("copy", ""), at.READ, at.COPY),
+        (Operation("remove", "step-4.tmp-0"), "", at.SHARD),
         (Operation("mkdir", "step-4.tmp-0/fsdp2"), "", at.SHARD),
         (Operation("write", "step-4.tmp-0/fsdp2/__0_0.distcp"), at.SHARD, at.SHARD),
         (Operation("write", "step-4.tmp-0/.trainer_state.json.x.tmp"), at.SHARD, at.BETWEEN),
@@ -98,7 +100,9 @@ def test_damaged_checkpoint_and_kills_while_it_is_moved_away(lab: tuple[Twin, Pa
         (Operation("rename", "step-4", "step-4.tmp-deleted-7"), at.PRUNE, at.PRUNE),
         (Operation("read", "step-4/manifest.json"), "", at.READ),
         (Operation("rename", "step-4", "quarantine/step-4.1"), at.READ, at.QUARANTINE),
-        (Operation("remove", "step-4.tmp-0"), "", at.CLEAR),
+        (Operation("list", ""), "", at.CLEAR),
+        (Operation("remove", "step-4.tmp-0"), at.CLEAR, at.CLEAR),
+        (Operation("list", ""), at.CLEAR, at.READ),
         (Operation("rename", "step-4.tmp-replaced-7", "step-4"), "", at.CLEAR),
     ],
 )
