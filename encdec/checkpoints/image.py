@@ -97,7 +97,7 @@ class Image:
 
     @property
     def content(self) -> memoryview:
-        return memoryview(self.buffer.numpy())
+        return self.buffer.numpy().data
 
     def copy(self, tensors: Sequence[Tensor]) -> None:
         """Copy one tensor a chunk, in order, from any device; done when this returns."""

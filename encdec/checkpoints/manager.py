@@ -110,6 +110,7 @@ class CheckpointManager:
             FencedError: a newer attempt exists.
         """
         self.wait()
+        group = None if blocking else self._background_group()
         began = time.perf_counter()
         state = {"step": step, "scheduler": scheduler.state_dict(), **(extra_state or {})}
         draft = Draft(
@@ -124,7 +125,6 @@ class CheckpointManager:
         if blocking:
             self._commit(draft, None)
         else:
-            group = self._background_group()
             self._flight = Flight(step, began, lambda: self._commit(draft, group))
         return f"step-{step}"
 
