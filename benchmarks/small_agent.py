@@ -41,7 +41,7 @@ class Agent:
 
     def __init__(self, paths: RunPaths, ranks: int = RANKS) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["launchers.preload", "benchmarks.small_agent", "encdec.train"])
+        context.set_forkserver_preload(["benchmarks.small_agent", "encdec.train"])
         self.attempt, self.restart = paths.claim_attempt(), -1
         self._orders, orders = context.Pipe()
         self._notes, notes = context.Pipe(duplex=False)
