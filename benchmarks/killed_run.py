@@ -70,7 +70,7 @@ class KilledRun:
         self._damaged: dict[int, int] = {}
         """Inode of what was damaged on purpose, by step, until the step is committed again."""
         self._damaged_ever: set[int] = set()
-        self._sound: set[tuple[int, int]] = set()
+        self._sound: set[tuple[int, int, int]] = set()
         self._last_place = ""
         self._seen: set[int] = set()
 
@@ -208,13 +208,13 @@ class KilledRun:
         """After a kill: everything committed reads back as the twin's, and nothing committed is missing."""
         whole = self._whole()
         for step, folder in sorted(whole.items()):
-            inode = folder.stat().st_ino
-            if self._damaged.get(step) == inode:
+            facts = folder.stat()
+            if self._damaged.get(step) == facts.st_ino:
                 continue
             self._damaged.pop(step, None)
-            if (step, inode) not in self._sound:
+            if (step, facts.st_ino, facts.st_mtime_ns) not in self._sound:
                 self._compare(step, folder)
-                self._sound.add((step, inode))
+                self._sound.add((step, facts.st_ino, facts.st_mtime_ns))
         self._newest = max((step for step in whole if step not in self._damaged), default=0)
         committed = max((step for step in self._committed() if step not in self._damaged), default=0)
         if committed > self._newest:

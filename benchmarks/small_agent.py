@@ -19,12 +19,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from benchmarks.kill_points import MOMENT, Kill, Watch, strike
-from benchmarks.peers import PATIENCE_SECONDS
 from encdec.checkpoints.payload import DEFAULT, payload_named
 from encdec.files import RunPaths
 from encdec.training import lifeline
 
 RANKS = 2
+PATIENCE_SECONDS = 600.0
+"""After which ranks that say nothing count as hanging; a machine may be busy with other things."""
 
 
 class BrokenChainError(Exception):

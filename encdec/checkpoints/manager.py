@@ -232,7 +232,7 @@ class CheckpointManager:
             raise ForeignCheckpoint(
                 f"A run goes on by itself from its own checkpoints alone, not from {folder}",
                 found=f"one of another run, configuration {found[:8]} instead of {own[:8]}",
-                remedy="Move it away, and name it with --resume or --resume_from to start from it all the same",
+                remedy="Move it away; encdec.train --resume_from starts from it all the same",
             )
 
     def _verify_together(self, folder: Path) -> Manifest:
