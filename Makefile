@@ -1,11 +1,13 @@
 # make demo    set up, then train the tiny model here, on two processes, to the end of its first phase
 # make test    set up, then check style, types and floors, then run all tests
 # make check   style, types and floors alone
-# make prove-timeouts   the slow proof: one run on a real Slurm through 200 time-outs (root; most of an hour)
+# make prove-checkpoints   the slow proof: 500 kills, no checkpoint lost (half an hour)
+# make prove-corruption    the slow proof: 10,000 damages, each found, named and passed over (some minutes)
+# make prove-timeouts      the slow proof: one run on a real Slurm through 200 time-outs (root; most of an hour)
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test slurm-packages check format clean prove-timeouts
+.PHONY: install demo test slurm-packages check format clean prove-checkpoints prove-corruption prove-timeouts
 
 install: .venv/installed
 
@@ -30,6 +32,12 @@ slurm-packages: install
 	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$missing; \
 	fi
+
+prove-checkpoints: install
+	$(BIN)/python -m benchmarks.kills --kills $(or $(KILLS),500)
+
+prove-corruption: install
+	$(BIN)/python -m benchmarks.corruption --injections $(or $(INJECTIONS),10000)
 
 prove-timeouts: slurm-packages
 	$(BIN)/python -m benchmarks.timeouts --continuations 200 --early $(or $(EARLY),6)

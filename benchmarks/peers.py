@@ -124,3 +124,8 @@ def emit(result: dict, path: Path | None) -> None:
     print(text)
     if path:
         path.write_text(text + "\n")
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A table as RESULTS.md holds it."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])

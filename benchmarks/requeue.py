@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-from benchmarks.peers import percentile
-from benchmarks.slurm_peers import PEERS, SECONDS_BETWEEN_LOOKS, SlurmJob, markdown, new_sandbox, submit, wait_until
+from benchmarks.peers import markdown, percentile
+from benchmarks.slurm_peers import PEERS, SECONDS_BETWEEN_LOOKS, SlurmJob, new_sandbox, submit, wait_until
 from encdec.records import read_json_lines
 from launchers.sandbox.cluster import Sandbox
 from launchers.slurm import END_STATES, SOON

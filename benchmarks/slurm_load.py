@@ -21,8 +21,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from benchmarks.peers import REPOSITORY
-from benchmarks.slurm_peers import SlurmJob, command, login, markdown, new_sandbox, submit, wait_until
+from benchmarks.peers import REPOSITORY, markdown
+from benchmarks.slurm_peers import SlurmJob, command, login, new_sandbox, submit, wait_until
 from launchers.sandbox.cluster import Sandbox
 
 COUNTER = re.compile(r"^\s+([A-Z][A-Z_]+)\s+\(\s*\d+\)\s+count:(\d+)", re.MULTILINE)

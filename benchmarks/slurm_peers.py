@@ -142,8 +142,3 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = PATI
         if time.monotonic() > deadline:
             raise TimeoutError(f"waited {seconds:.0f} s until {what}")
         time.sleep(SECONDS_BETWEEN_LOOKS)
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A table as RESULTS.md holds it."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])

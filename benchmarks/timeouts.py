@@ -23,7 +23,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.slurm_peers import SlurmJob, markdown, new_sandbox, submit, wait_until
+from benchmarks.peers import markdown
+from benchmarks.slurm_peers import SlurmJob, new_sandbox, submit, wait_until
 from encdec.records import ProcessRecord, read_json_lines, read_record
 from launchers.jobs import jobs_of
 

@@ -84,6 +84,10 @@ class MirrorError(EncdecError):
     """The second place of checkpoints cannot be read or written; those in the first place are untouched."""
 
 
+class ForeignCheckpoint(CheckpointError):
+    """A sound checkpoint of another run, which nobody has asked to continue from."""
+
+
 class FencedError(EncdecError):
     """A newer attempt of the same run exists, so this one may no longer write."""
 

@@ -44,7 +44,11 @@ def fsync_tree(path: Path) -> None:
 
 
 def atomic_write_bytes(path: Path, content: bytes) -> None:
-    """Replace ``path`` by ``content``: readers see the old file or the new one, never a part."""
+    """Replace ``path`` by ``content``: readers see the old file or the new one, never a part.
+
+    Raises:
+        OSError: names a file.
+    """
     path = Path(path)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
@@ -53,9 +57,11 @@ def atomic_write_bytes(path: Path, content: bytes) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+        if isinstance(error, OSError) and error.filename is None:  # write(2) and fsync(2) know no names
+            error.filename = str(path)
         raise
     fsync_directory(path.parent)
 

@@ -50,7 +50,7 @@ class JsonLinesWriter:
         self._torn = False
 
     def sync(self) -> None:
-        """Have other machines see what was written, where the file lies on a network.
+        """Make durable what has been appended, and seen by other machines where the file lies on a network.
 
         Raises:
             OSError: storage did not take it.

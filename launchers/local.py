@@ -20,7 +20,7 @@ from encdec.training.run_config import RunConfig
 from launchers.interrupts import Interrupts, held_back
 from launchers.job import RunPhase
 from launchers.launch_options import LaunchOptions
-from launchers.run_directory import code_environment, note, require_snapshot, why_full
+from launchers.run_directory import code_environment, note, require_snapshot, why_no_room
 from launchers.run_status import read_status
 from launchers.views import show
 from launchers.views.progress import Progress
@@ -68,10 +68,11 @@ def why_no_attempt(paths: RunPaths, job: submitit.Job[int], *, ended: bool) -> E
     lines = text.strip().splitlines() or ["no word in its log"]
     refusals = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     kind = RunDirectoryError if refusals else EncdecError
+    no_room = why_no_room(paths)
     return kind(
         "A job must live until its attempt begins",
         found=f"job {job.job_id}, which {'ended' if ended else 'is silent'}: "
-        f"{why_full(paths) or (refusals or lines)[-1].rstrip('.')}",
+        f"{no_room[0] if no_room else (refusals or lines)[-1].rstrip('.')}",
         remedy=f"See {log}, then give the same command again",
     )
 

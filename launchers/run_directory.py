@@ -8,6 +8,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -124,10 +125,19 @@ def usable(paths: RunPaths) -> Iterator[None]:
         ) from None
 
 
-def why_full(paths: RunPaths) -> str | None:
-    """A sentence about the storage of the run directory if nothing can be written there any more, else None."""
+def why_no_room(paths: RunPaths) -> tuple[str, str] | None:
+    """Why nothing can be written into the run directory any more, and what to do first; None where it can.
+
+    Tried, not looked up: a file system that its kernel has closed after an error is still listed as writable.
+    """
     free = shutil.disk_usage(paths.root).free
-    return f"the disk is full: {free:,} bytes are free for {paths.root}" if free < BYTES_OF_A_FULL_DISK else None
+    if free < BYTES_OF_A_FULL_DISK:
+        return f"the disk is full: {free:,} bytes are free for {paths.root}", "free space"
+    try:
+        tempfile.TemporaryFile(dir=paths.root).close()
+    except OSError as error:
+        return f"nothing can be written into {paths.root}: {error.strerror}", "make it writable"
+    return None
 
 
 def require_snapshot(paths: RunPaths) -> None:

@@ -4,7 +4,8 @@ step-<k>                        committed
 step-<k>.tmp-<attempt>          being written
 step-<k>.tmp-replaced-<pid>     whole, while a new one of the same step takes its name
 step-<k>.tmp-deleted-<pid>      being deleted
-quarantine/step-<k>.<ms>        proven wrong, with its REASON
+quarantine/step-<k>.<ms>        proven wrong, with its REASON inside
+quarantine/step-<k>.<ms>.REASON    of what is no folder, or a link to one that may be sound
 """
 
 from __future__ import annotations
@@ -126,9 +127,11 @@ def quarantine(folder: Path, reason: CheckpointError) -> bool:
     except OSError as error:
         log.warning("cannot move %s to quarantine: %s", folder, error)
         return False
+    inside = target.is_dir() and not target.is_symlink()
+    note = target / "REASON" if inside else target.with_name(f"{target.name}.REASON")
     try:
-        files.atomic_write_text(target / "REASON", f"{reason}\n")
+        files.atomic_write_text(note, f"{reason}\n")
         files.fsync_directory(folder.parent)
-    except OSError as error:  # a full disk, or no folder at all; the log has the reason
-        log.warning("cannot write %s: %s", target / "REASON", error)
+    except OSError as error:  # a full disk; the log has the reason
+        log.warning("cannot write %s: %s", note, error)
     return True

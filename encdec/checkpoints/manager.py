@@ -29,7 +29,7 @@ from encdec.checkpoints.manifest import (
 from encdec.checkpoints.payload import DEFAULT, Payload, payload_named
 from encdec.checkpoints.retention import Retention
 from encdec.distributed import Group
-from encdec.errors import CheckpointError, UnreadableCheckpoint
+from encdec.errors import CheckpointError, ForeignCheckpoint, UnreadableCheckpoint
 
 BYTES_PER_PARAMETER = 12
 """fp32 weight and AdamW's two moments."""
@@ -204,8 +204,8 @@ class CheckpointManager:
     def newest_valid(self) -> Path | None:
         """Folder of the newest checkpoint that verifies, or None; collective, the ranks share the hashing.
 
-        Newer ones that are proven wrong are moved to ``quarantine/`` with their reason; those that cannot be read are
-        left where they are. ``rejected`` names them all.
+        Newer ones that are proven wrong are moved to ``quarantine/`` with their reason; those that cannot be read, or
+        are another run's, are left where they are. ``rejected`` names them all.
 
         Raises:
             CheckpointError: none is valid, but one could not be read or moved: the run must not start over in silence.
@@ -215,7 +215,7 @@ class CheckpointManager:
         for step in reversed(distributed.on_rank_zero(lambda: folders.committed_steps(self.output_dir))):
             folder = self.output_dir / f"step-{step}"
             try:
-                self._verify_together(folder)
+                self._require_own(folder, self._verify_together(folder))
                 return folder
             except CheckpointError as error:
                 if self._moved_away(folder, error):
@@ -234,9 +234,18 @@ class CheckpointManager:
     @staticmethod
     def _moved_away(folder: Path, error: CheckpointError) -> bool:
         """Quarantine what is proven wrong. What could not be read stays: it may well be sound."""
-        if isinstance(error, UnreadableCheckpoint):
+        if isinstance(error, UnreadableCheckpoint | ForeignCheckpoint):
             return False
         return distributed.on_rank_zero(lambda: folders.quarantine(folder, error))
+
+    def _require_own(self, folder: Path, manifest: Manifest) -> None:
+        own, found = self._committer.run_identity, manifest.run_identity
+        if own and found and own != found:
+            raise ForeignCheckpoint(
+                f"A run goes on by itself from its own checkpoints alone, not from {folder}",
+                found=f"one of another run, configuration {found[:8]} instead of {own[:8]}",
+                remedy="Move it away; encdec.train --resume_from starts from it all the same",
+            )
 
     def _verify_together(self, folder: Path) -> Manifest:
         def own_share() -> Manifest:

@@ -11,9 +11,11 @@ checksums of its own.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,7 +29,7 @@ from encdec.files import atomic_write_text
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state.json"
-STEP_FOLDER = re.compile(r"step-(\d+)")
+STEP_FOLDER = re.compile(r"step-(0|[1-9][0-9]*)")
 HASH_BUFFER_BYTES = 8 * 2**20
 
 
@@ -67,7 +69,11 @@ class Manifest:
         values = asdict(self)
         if not self.made_of:
             del values["made_of"]
-        return json.dumps(values | {"digest": _digest_of(values)}, indent=1) + "\n"
+        return _text_of(values)
+
+
+def _text_of(values: dict[str, Any]) -> str:
+    return json.dumps(values | {"digest": _digest_of(values)}, indent=1) + "\n"
 
 
 def _digest_of(values: dict[str, Any]) -> str:
@@ -102,6 +108,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     with reading(path, "a readable manifest"):
+        _require_regular(path)
         text = path.read_text(encoding="utf-8")
     return parse_manifest(text, path)
 
@@ -114,12 +121,12 @@ def parse_manifest(text: str, path: Path) -> Manifest:
     """
     with reading(path, "a readable manifest"):
         values = json.loads(text)
-        digest = values.pop("digest")
+        del values["digest"]
         if values["format_version"] != FORMAT_VERSION:
             raise _broken(path, f"a manifest of format {FORMAT_VERSION}", values["format_version"])
         files = [FileRecord(**record) for record in values["files"]]
         manifest = Manifest(**{**values, "files": files})
-    if digest != _digest_of(values):
+    if text != _text_of(values):  # letter by letter: another spelling of the same values is damage, too
         raise _broken(path, "a manifest that matches its own digest", "another content")
     name = STEP_FOLDER.fullmatch(path.parent.name)
     if name and int(name.group(1)) != manifest.step:
@@ -147,7 +154,7 @@ def verify_files(folder: Path, records: Iterable[FileRecord], progress: Callable
     for record in records:
         path = folder / record.path
         with reading(path, "every file of the manifest"):
-            size = path.stat().st_size  # first: it tells of most damage at once
+            size = _require_regular(path).st_size  # first: it tells of most damage at once
             found = hash_file(folder, path) if size == record.bytes else None
         if found is None:
             raise _broken(path, f"a file of {record.bytes} bytes", f"{size} bytes")
@@ -185,6 +192,14 @@ def verify(folder: Path, progress: Callable[[int], None] | None = None) -> Manif
     verify_names(folder, manifest)
     verify_files(folder, manifest.files, progress)
     return manifest
+
+
+def _require_regular(path: Path) -> os.stat_result:
+    """Facts of a file; what is none counts as absent: reading from a pipe would never end."""
+    facts = path.stat()
+    if not stat.S_ISREG(facts.st_mode):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    return facts
 
 
 @contextlib.contextmanager

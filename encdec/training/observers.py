@@ -29,7 +29,8 @@ class Observer(Protocol):
 
 
 class Records:
-    """Every step and every save as one JSON line.
+    """Every step and every save as one JSON line. What lies before a checkpoint is as durable as the checkpoint: a run
+    that goes on from it does not write it again.
 
     Args:
         steps: file of step records.
@@ -55,6 +56,8 @@ class Records:
                 blocking_seconds=saved.blocking_seconds,
             )
         )
+        self._steps.sync()
+        self._events.sync()
 
     def on_save_failed(self, step: int, reason: str, last: str | None) -> None:
         self._events.write(event("save_failed", step=step, reason=reason, checkpoint=last))

@@ -72,7 +72,7 @@ class NodeAgent:
             result=result, refusal=refusal, failures=self.failures, restarts=restarts, last_step=self.last_step()
         )
 
-    # ---- what the group of ranks asks and tells (launchers.node.Watcher)
+    # ---- what the group of ranks asks and tells (launchers.nodes.parts.Watcher)
 
     def adopt(self, group: RankGroup) -> None:
         self._group = group

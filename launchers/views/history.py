@@ -32,7 +32,7 @@ class AttemptView:
     restarts: int
     """Times its ranks were started again in place."""
     move: str | None
-    """What its head task decided (launchers.outcomes.Move); None outside Slurm."""
+    """What its head task decided (launchers.nodes.outcomes.Move); None outside Slurm."""
     cancelled: bool
     """Whether a user's scancel ended it, as far as its head task could tell."""
     given_up: str | None

@@ -18,7 +18,7 @@ from encdec.files import RunPaths
 from encdec.records import Outcome, read_record, read_steps
 from encdec.training.run_config import RunConfig, read_run_config
 from launchers.plan import Plan
-from launchers.run_directory import why_full
+from launchers.run_directory import why_no_room
 from launchers.views.progress import make_console
 
 SPARKS = "▁▂▃▄▅▆▇█"
@@ -147,9 +147,8 @@ def summary_rows(paths: RunPaths, run: RunConfig, outcome: Outcome | None) -> di
     logs = paths.attempt(numbers[-1]).rank_logs(0) if numbers else paths.submitit
     rows["logs"] = str(logs.parent if numbers and run.nodes > 1 else logs)
     rows["ended"] = outcome.message if outcome else f"the job ended without a word; see {paths.submitit}"
-    full = why_full(paths)
-    if full:
-        rows["disk"] = full
+    if no_room := why_no_room(paths):
+        rows["disk"] = no_room[0]
     rows["next"] = what_next(paths, outcome)
     return rows
 
@@ -182,7 +181,8 @@ def what_next(paths: RunPaths, outcome: Outcome | None) -> str:
             "correct what the line above names, then give the command again; another configuration is another run: "
             "with another --run-dir or --name, if one was given"
         )
-    first = "free space, then " if why_full(paths) else ""
+    no_room = why_no_room(paths)
+    first = f"{no_room[1]}, then " if no_room else ""
     return f"{first}give the same command again: it continues from the newest valid checkpoint"
 
 

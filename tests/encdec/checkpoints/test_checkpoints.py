@@ -206,3 +206,58 @@ def test_manifest_says_what_it_holds(saved):
     assert (manifest.step, manifest.samples_consumed, manifest.world_size, manifest.sharding) == (3, 24, 1, "fsdp2")
     assert {record.path for record in manifest.files} >= {"trainer_state.json", "fsdp2/.metadata"}
     assert verify(manager.output_dir / "step-3") == manifest
+
+
+def test_every_letter_of_the_manifest_counts(saved):
+    """Even where another spelling means the same: 1e-05 and 1E-05, the last digit of a time, a blank more."""
+    manager, lab = saved
+    lab.save(manager, {"loss": 1e-05})
+    path = manager.output_dir / "step-3" / MANIFEST
+    content = path.read_bytes()
+    spellings = [
+        bytes([*content[:i], content[i] ^ 1 << bit, *content[i + 1 :]]) for i in range(len(content)) for bit in range(8)
+    ]
+    for changed in (*spellings, content + b"\n", content[:-1], content.replace(b": ", b":  ", 1)):
+        path.write_bytes(changed)
+        with pytest.raises(CheckpointError):
+            read_manifest(path.parent)
+    path.write_bytes(content)
+    read_manifest(path.parent)
+
+
+@pytest.mark.parametrize("victim", [MANIFEST, "trainer_state.json"])
+def test_pipe_in_the_place_of_a_file_does_not_hang(saved, victim: str):
+    manager, _ = saved
+    (manager.output_dir / "step-3" / victim).unlink()
+    os.mkfifo(manager.output_dir / "step-3" / victim)
+    assert manager.newest_valid() == manager.output_dir / "step-2"
+
+
+def test_link_to_another_step_is_moved_away_without_a_mark_on_that_step(saved):
+    manager, _ = saved
+    shutil.rmtree(manager.output_dir / "step-3")
+    (manager.output_dir / "step-3").symlink_to(manager.output_dir / "step-2")
+    assert manager.newest_valid() == manager.output_dir / "step-2"
+    [link, reason] = sorted((manager.output_dir / "quarantine").iterdir())
+    assert link.is_symlink() and reason.name == f"{link.name}.REASON"
+    assert "step 3, as the folder's name says" in reason.read_text()
+
+
+def test_name_with_leading_zeros_is_no_checkpoint(saved):
+    manager, _ = saved
+    shutil.copytree(manager.output_dir / "step-3", manager.output_dir / "step-04")
+    assert manager.newest_valid() == manager.output_dir / "step-3"
+    assert manager.rejected == []
+
+
+def test_checkpoint_of_another_run_is_used_only_by_name(tmp_path: Path):
+    other, own = (CheckpointManager(tmp_path, run_identity=name) for name in ("another's", "this run's"))
+    lab = Lab()
+    lab.step()
+    name = lab.save(other)
+    with pytest.raises(CheckpointError, match=r"before it starts over.*1 left where they are.*one of another run"):
+        own.load_latest(*Lab().parts())
+    assert own.load(tmp_path / name, *Lab().parts())["step"] == 1
+    lab.step()
+    lab.save(own)
+    assert own.newest_valid() == tmp_path / "step-2"
