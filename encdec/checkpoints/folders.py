@@ -83,6 +83,14 @@ def discard(folder: Path) -> None:
     delete(aside)
 
 
+def retire(folder: Path) -> None:
+    """Remove a checkpoint that is not needed; as with ``delete``, storage that objects keeps it."""
+    try:
+        discard(folder)
+    except OSError as error:
+        log.warning("cannot delete %s: %s", folder, error)
+
+
 def discard_unfinished(root: Path) -> None:
     """Delete what killed saves left under ``root``, but put back a whole checkpoint that one had set aside.
 

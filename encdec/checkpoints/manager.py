@@ -153,7 +153,7 @@ class CheckpointManager:
     def _prune(self, committed_step: int) -> None:
         infos = catalog.committed(self.output_dir)
         for info in self.retention.spare(infos, self._best(infos), committed_step):
-            folders.discard(self.output_dir / info.checkpoint_id)
+            folders.retire(self.output_dir / info.checkpoint_id)
 
     @property
     def flying(self) -> Flight | None:
