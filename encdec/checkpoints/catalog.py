@@ -23,6 +23,8 @@ class CheckpointInfo:
     time: float
     scheduled: bool = True
     """Whether the schedule of steps asked for it."""
+    run_identity: str = ""
+    """Of the run that made it; empty where it had none."""
 
 
 def committed(root: Path) -> list[CheckpointInfo]:
@@ -40,8 +42,11 @@ def committed(root: Path) -> list[CheckpointInfo]:
             continue
         size = sum(record.bytes for record in manifest.files)
         infos.append(
-            CheckpointInfo(folder.name, manifest.step, manifest.metrics, size, manifest.time, manifest.scheduled)
-        )
+            CheckpointInfo(
+                folder.name, manifest.step, manifest.metrics, size, manifest.time,
+                scheduled=manifest.scheduled, run_identity=manifest.run_identity,
+            )
+        )  # fmt: skip
     return infos
 
 
