@@ -23,6 +23,8 @@ class CheckpointInfo:
     time: float
     scheduled: bool = True
     """Whether the schedule of steps asked for it."""
+    run_identity: str = ""
+    """Of the run that made it; empty where it had none."""
 
 
 def committed(root: Path) -> list[CheckpointInfo]:
@@ -46,8 +48,9 @@ def described(manifest: Manifest) -> CheckpointInfo:
     """A step checkpoint as its manifest describes it."""
     size = sum(record.bytes for record in manifest.files)
     return CheckpointInfo(
-        f"step-{manifest.step}", manifest.step, manifest.metrics, size, manifest.time, manifest.scheduled
-    )
+        f"step-{manifest.step}", manifest.step, manifest.metrics, size, manifest.time,
+        scheduled=manifest.scheduled, run_identity=manifest.run_identity,
+    )  # fmt: skip
 
 
 def best(infos: Iterable[CheckpointInfo], metric: str, mode: Literal["min", "max"]) -> CheckpointInfo | None:

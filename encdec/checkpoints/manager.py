@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -151,7 +151,7 @@ class CheckpointManager:
         self.wait()
 
     def _prune(self, committed_step: int) -> None:
-        infos = catalog.committed(self.output_dir)
+        infos = [info for info in catalog.committed(self.output_dir) if self._is_own(info)]
         for info in self.retention.spare(infos, self._best(infos), committed_step):
             folders.retire(self.output_dir / info.checkpoint_id)
 
@@ -238,9 +238,14 @@ class CheckpointManager:
             return False
         return distributed.on_rank_zero(lambda: folders.quarantine(folder, error))
 
+    def _is_own(self, made: CheckpointInfo | Manifest) -> bool:
+        """Whether this run made it, as far as both say which run they are of."""
+        own = self._committer.run_identity
+        return not own or made.run_identity in ("", own)
+
     def _require_own(self, folder: Path, manifest: Manifest) -> None:
-        own, found = self._committer.run_identity, manifest.run_identity
-        if own and found and own != found:
+        if not self._is_own(manifest):
+            own, found = self._committer.run_identity, manifest.run_identity
             raise ForeignCheckpoint(
                 f"A run goes on by itself from its own checkpoints alone, not from {folder}",
                 found=f"one of another run, configuration {found[:8]} instead of {own[:8]}",
@@ -307,13 +312,13 @@ class CheckpointManager:
     ) -> tuple[int, int, dict[str, Any]] | None:
         """Load the checkpoint with the best metric: (step, epoch, trainer state), or None where none has the metric."""
         self.wait()
-        best = distributed.on_rank_zero(lambda: self._best(self.list_checkpoints()))
+        best = distributed.on_rank_zero(lambda: self._best(filter(self._is_own, self.list_checkpoints())))
         if best is None:
             return None
         state = self.load(self.output_dir / best.checkpoint_id, model, optimizer, scheduler)
         return state["step"], state.get("epoch", 0), state
 
-    def _best(self, infos: list[CheckpointInfo]) -> CheckpointInfo | None:
+    def _best(self, infos: Iterable[CheckpointInfo]) -> CheckpointInfo | None:
         return catalog.best(infos, self.best_metric, self.best_metric_mode)
 
     def print_summary(self) -> None:

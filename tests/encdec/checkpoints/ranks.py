@@ -32,7 +32,7 @@ class ShardedLab(Lab):
 def run_ranks(work: Callable[[Path], None], folder: Path, count: int = 2) -> list[int | None]:
     """Run ``work(folder)`` in ``count`` ranks; their exit codes, None for one that had to be ended."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed.fsdp", __name__])  # the imports, once for all tests
+    context.set_forkserver_preload(["encdec.train", __name__])  # once for all tests: the first to ask decides
     store = folder / f"store-{work.__name__}"
     ranks: list[BaseProcess] = [
         context.Process(target=_rank, args=(work, folder, store, rank, count)) for rank in range(count)

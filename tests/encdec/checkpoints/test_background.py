@@ -213,6 +213,7 @@ def two_ranks(folder: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     dist.barrier()
     assert sorted(path.name for path in root.iterdir()) == ["step-1", "step-2", "step-3"]
+    dist.barrier()  # neither begins the next one while the other is looking
 
     fenced.set()
     begin(lab, manager)

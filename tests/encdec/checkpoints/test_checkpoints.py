@@ -261,3 +261,15 @@ def test_checkpoint_of_another_run_is_used_only_by_name(tmp_path: Path):
     lab.step()
     lab.save(own)
     assert own.newest_valid() == tmp_path / "step-2"
+
+
+def test_checkpoint_of_another_run_is_neither_the_best_nor_deleted(tmp_path: Path):
+    other, own = (CheckpointManager(tmp_path, 1, run_identity=name) for name in ("another's", "this run's"))
+    lab = Lab()
+    lab.step()
+    lab.save(other, {"loss": 0.1})
+    for loss in (3.0, 2.0, 1.0):
+        lab.step()
+        lab.save(own, {"loss": loss})
+    assert [info.step for info in own.list_checkpoints()] == [1, 4]
+    assert own.load_best(*Lab().parts())[0] == 4
