@@ -26,6 +26,7 @@ from encdec.modeling_qwen3_encdec import Qwen3ForSeq2SeqLM
 from encdec.tokenization_qwen3_encdec import Qwen3EncoderDecoderTokenizer
 from encdec.training import sharding
 from encdec.training.config import FullConfig
+from encdec.training.engines import start_engine
 from encdec.training.observers import Observer, Records, TensorBoard, TextLog, WeightsAndBiases
 from encdec.training.rules import require_memory
 from encdec.training.run_config import RunConfig
@@ -151,10 +152,12 @@ def build_trainer(
     config = run.config
     model.to(device)
     dtype = sharding.compute_dtype(config.training, device)
-    sharding.shard(model, model.transformer_layers(), config.infra, dtype)
-    log.info("%s, computing in %s", sharding.prove_sharding(model, distributed.world_size()), dtype)
     rank, world = distributed.rank(), distributed.world_size()
-    micro, _ = run.micro_batches(world)
+    micro, accumulation = run.micro_batches(world)
+    engine = start_engine(
+        model, config, device=device, dtype=dtype, micro_batch_size=micro, accumulation_steps=accumulation
+    )
+    log.info("%s, computing in %s", engine.prove_sharding(world), dtype)
     dataset = UL2Dataset(open_packed(packed, "train"))
     collator = UL2DataCollator(
         tokenizer,
@@ -173,6 +176,7 @@ def build_trainer(
         config,
         loader,
         evaluation_batches(config, packed, collator),
+        engine=engine,
         checkpoints=CheckpointManager(
             paths.checkpoints,
             config.training.save_total_limit,
