@@ -10,6 +10,8 @@ import torch.distributed as dist
 from encdec.errors import EncdecError
 
 T = TypeVar("T")
+Group = dist.ProcessGroup | None
+"""Who takes part, always all ranks; None: the default group. A thread beside the training loop needs its own."""
 
 
 def is_distributed() -> bool:
@@ -33,16 +35,16 @@ def broadcast(value: T) -> T:
     return box[0]
 
 
-def gather(value: T) -> list[T]:
+def gather(value: T, group: Group = None) -> list[T]:
     """Every rank's ``value``, in rank order, on every rank."""
     if not is_distributed():
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 
-def together(work: Callable[[], T]) -> list[T]:
+def together(work: Callable[[], T], group: Group = None) -> list[T]:
     """Run ``work`` on every rank; results in rank order, or the first rank's error raised on all of them.
 
     Without this, a rank that fails alone (a full disk) leaves the others waiting in their next collective.
@@ -53,13 +55,13 @@ def together(work: Callable[[], T]) -> list[T]:
         result = work()
     except (EncdecError, OSError) as error:
         problem = error
-    answers = gather((result, problem))
+    answers = gather((result, problem), group)
     first = next((error for _, error in answers if error is not None), None)
     if first is not None:
         raise first
     return [answer for answer, _ in answers]  # type: ignore[misc]
 
 
-def on_rank_zero(work: Callable[[], T]) -> T:
+def on_rank_zero(work: Callable[[], T], group: Group = None) -> T:
     """Run ``work`` on rank 0 alone; its result, or its error, on every rank."""
-    return together(work if rank() == 0 else lambda: None)[0]  # type: ignore[arg-type,return-value]
+    return together(work if rank() == 0 else lambda: None, group)[0]  # type: ignore[arg-type,return-value]

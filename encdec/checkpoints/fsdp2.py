@@ -19,10 +19,12 @@ import torch.distributed.checkpoint as dcp
 from blake3 import blake3
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from encdec.checkpoints.manifest import reading, unreadable
-from encdec.distributed import is_distributed
+from encdec import files
+from encdec.checkpoints.manifest import FileRecord, hash_file, reading, unreadable
+from encdec.distributed import Group, is_distributed, rank
 from encdec.errors import CheckpointError
 
 DIGEST_CHUNK_BYTES = 512 * 2**20
@@ -38,41 +40,64 @@ def training_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor
     return tensors
 
 
-def save_payload(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Write ``tensors`` under ``folder``; collective, each rank writes and syncs its own files.
+class Fsdp2Payload:
+    """What FSDP2 trains (or one process alone), through DCP; a Payload."""
 
-    Raises:
-        OSError: a rank could not write.
-    """
-    with _quiet():
-        try:
-            dcp.save(
-                tensors, storage_writer=dcp.FileSystemWriter(folder, sync_files=True), no_dist=not is_distributed()
+    name = "fsdp2"
+
+    def snapshot(self, model: nn.Module, optimizer: Optimizer) -> Fsdp2Snapshot:
+        return Fsdp2Snapshot(training_tensors(model, optimizer))
+
+    def load(self, folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
+        metadata = read_metadata(folder)
+        stored = {key for key in metadata.state_dict_metadata if key.startswith("model.")}
+        prepare_optimizer_state(metadata, model, optimizer)
+        tensors = training_tensors(model, optimizer)
+        wanted = {key for key in tensors if key.startswith("model.")}
+        if stored != wanted:
+            missing, unknown = sorted(wanted - stored), sorted(stored - wanted)
+            raise CheckpointError(
+                f"The checkpoint {folder.parent} must have the parameters of this model",
+                found=f"{len(missing)} missing {missing[:3]}, {len(unknown)} unknown {unknown[:3]}",
+                remedy="Resume with the configuration it was made with",
             )
-        except BaseException as error:  # DCP's own exception derives from BaseException
-            raise _plain(error, folder) from error
+        _fill(tensors, folder, no_dist=not is_distributed())
+
+    def digest(self, folder: Path, hasher: blake3) -> None:
+        """Every tensor's name, dtype, shape and bytes, in order of name."""
+        metadata = read_metadata(folder).state_dict_metadata
+        for names in _chunks(metadata):
+            tensors = {name: torch.empty(metadata[name].size, dtype=metadata[name].properties.dtype) for name in names}  # type: ignore[union-attr]
+            _fill(tensors, folder, no_dist=True)
+            for name, tensor in tensors.items():
+                hasher.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+                hasher.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
-def load_payload(folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
-    """Fill the model and the optimizer from ``folder`` at any world size; collective. Verify the manifest first.
+class Fsdp2Snapshot:
+    """The training state as it is where it lies; a Snapshot for as long as training waits."""
 
-    Raises:
-        CheckpointError: parameters of the payload and of the model differ.
-        UnreadableCheckpoint: storage does not let it be read.
-    """
-    metadata = read_metadata(folder)
-    stored = {key for key in metadata.state_dict_metadata if key.startswith("model.")}
-    prepare_optimizer_state(metadata, model, optimizer)
-    tensors = training_tensors(model, optimizer)
-    wanted = {key for key in tensors if key.startswith("model.")}
-    if stored != wanted:
-        missing, unknown = sorted(wanted - stored), sorted(stored - wanted)
-        raise CheckpointError(
-            f"The checkpoint {folder.parent} must have the parameters of this model",
-            found=f"{len(missing)} missing {missing[:3]}, {len(unknown)} unknown {unknown[:3]}",
-            remedy="Resume with the configuration it was made with",
-        )
-    _fill(tensors, folder, no_dist=not is_distributed())
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    @property
+    def nbytes(self) -> int:
+        local = (t.to_local() if isinstance(t, DTensor) else t for t in self._tensors.values())
+        return sum(tensor.nbytes for tensor in local)
+
+    def write(self, folder: Path, group: Group = None) -> list[FileRecord]:
+        writer = dcp.FileSystemWriter(folder, sync_files=True)
+        with _quiet():
+            try:
+                dcp.save(self._tensors, storage_writer=writer, process_group=group, no_dist=not is_distributed())
+            except BaseException as error:  # DCP's own exception derives from BaseException
+                raise _plain(error, folder) from error
+        own = sorted(folder.glob(f"__{rank()}_*.distcp")) + ([folder / ".metadata"] if rank() == 0 else [])
+        for path in own:
+            path.chmod(0o600)
+            files.fsync_file(path)
+        files.fsync_directory(folder)
+        return [hash_file(folder, path) for path in own]
 
 
 def _fill(tensors: dict[str, Tensor], folder: Path, *, no_dist: bool) -> None:
@@ -110,17 +135,6 @@ def read_metadata(folder: Path) -> Metadata:
     """DCP's index of the payload. It is a pickle: call only after the manifest has been verified."""
     with reading(folder / ".metadata", "DCP's metadata"):
         return dcp.FileSystemReader(folder).read_metadata()
-
-
-def digest_payload(folder: Path, hasher: blake3) -> None:
-    """Feed every tensor's name, dtype, shape and bytes to ``hasher``, in order of name: the same for any sharding."""
-    metadata = read_metadata(folder).state_dict_metadata
-    for names in _chunks(metadata):
-        tensors = {name: torch.empty(metadata[name].size, dtype=metadata[name].properties.dtype) for name in names}  # type: ignore[union-attr]
-        _fill(tensors, folder, no_dist=True)
-        for name, tensor in tensors.items():
-            hasher.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-            hasher.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _chunks(metadata: dict[str, Any]) -> Iterator[list[str]]:

@@ -1,43 +1,31 @@
-"""Commits, finds, loads and prunes checkpoints.
-
-A save goes to ``step-<k>.tmp-<attempt>``; every rank syncs and hashes its own files; rank 0 writes the manifest,
-renames the folder and syncs the parent. A kill at any point leaves the previous checkpoint as the newest valid one.
-"""
+"""Commits, finds, loads and prunes checkpoints."""
 
 from __future__ import annotations
 
 import json
-import math
-import os
-import platform
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import torch
 from blake3 import blake3
 from torch import nn
 from torch.optim import Optimizer
 
-from encdec import distributed, files
-from encdec.checkpoints import folders, fsdp2
+from encdec import distributed
+from encdec.checkpoints import catalog, folders, retention
+from encdec.checkpoints.catalog import CheckpointInfo
+from encdec.checkpoints.commit import Committer, Draft
 from encdec.checkpoints.manifest import (
-    FileRecord,
+    TRAINER_STATE,
     Manifest,
-    hash_file,
     read_manifest,
     reading,
     verify,
     verify_files,
     verify_names,
-    write_manifest,
 )
+from encdec.checkpoints.payload import DEFAULT, Payload, payload_named
 from encdec.errors import CheckpointError, UnreadableCheckpoint
-
-TRAINER_STATE = "trainer_state.json"
-PAYLOAD = "fsdp2"
 
 
 class Stateful(Protocol):
@@ -45,17 +33,6 @@ class Stateful(Protocol):
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-@dataclass(frozen=True)
-class CheckpointInfo:
-    """One committed checkpoint as its manifest describes it (files not yet verified)."""
-
-    checkpoint_id: str
-    step: int
-    metrics: dict[str, float]
-    bytes: int
-    time: float
 
 
 class CheckpointManager:
@@ -66,6 +43,7 @@ class CheckpointManager:
         save_total_limit: checkpoints kept; the best and the newest are never deleted.
         best_metric: name of the metric that makes a checkpoint the best one.
         best_metric_mode: whether less or more of it is better.
+        payload: reads and writes what the engine trains; FSDP2's unless given.
         attempt: number of the attempt that writes; part of the temporary folder's name.
         run_identity: digest of the configuration, recorded in the manifest.
         fence: called on rank 0 just before a commit; raises if this attempt may no longer write.
@@ -78,6 +56,7 @@ class CheckpointManager:
         best_metric: str = "loss",
         best_metric_mode: Literal["min", "max"] = "min",
         *,
+        payload: Payload | None = None,
         attempt: int = 0,
         run_identity: str = "",
         fence: Callable[[], None] = lambda: None,
@@ -85,8 +64,10 @@ class CheckpointManager:
         self.output_dir = Path(output_dir)
         self.save_total_limit = save_total_limit
         self.best_metric, self.best_metric_mode = best_metric, best_metric_mode
-        self.attempt, self.run_identity, self.fence = attempt, run_identity, fence
+        self.payload = payload or payload_named(DEFAULT)
+        self.fence = fence
         self.rejected: list[str] = []
+        self._committer = Committer(root=self.output_dir, attempt=attempt, run_identity=run_identity, fence=fence)
 
     # ---- save
 
@@ -109,74 +90,27 @@ class CheckpointManager:
             OSError: a rank could not write (the previous checkpoint is untouched).
             FencedError: a newer attempt exists.
         """
-        final = self.output_dir / f"step-{step}"
-        temporary = self.output_dir / f"step-{step}.tmp-{self.attempt}"
-        state = {"step": step, "scheduler": scheduler.state_dict(), **(extra_state or {})}
-        distributed.on_rank_zero(lambda: folders.make_empty(temporary, PAYLOAD))
-        fsdp2.save_payload(temporary / PAYLOAD, fsdp2.training_tensors(model, optimizer))
-        parts = distributed.together(lambda: self._own_records(temporary, state))
-        manifest = Manifest(
+        draft = Draft(
             step=step,
-            samples_consumed=int(state.get("samples_consumed", 0)),
-            world_size=distributed.world_size(),
-            sharding=PAYLOAD,
-            attempt=self.attempt,
-            run_identity=self.run_identity,
-            metrics={name: value for name, value in (metrics or {}).items() if math.isfinite(value)},
-            versions={"python": platform.python_version(), "torch": torch.__version__},
-            time=time.time(),
-            files=sorted((record for part in parts for record in part), key=lambda record: record.path),
+            state={"step": step, "scheduler": scheduler.state_dict(), **(extra_state or {})},
+            metrics=metrics or {},
+            sharding=self.payload.name,
+            snapshot=self.payload.snapshot(model, optimizer),
         )
-        distributed.on_rank_zero(lambda: self._commit(temporary, final, manifest))
-        return final.name
-
-    def _own_records(self, temporary: Path, state: dict[str, Any]) -> list[FileRecord]:
-        """Sync and hash the files this rank wrote (rank 0 also those that belong to nobody)."""
-        rank, payload = distributed.rank(), temporary / PAYLOAD
-        paths = sorted(payload.glob(f"__{rank}_*.distcp"))
-        if rank == 0:
-            files.atomic_write_json(temporary / TRAINER_STATE, state)
-            paths += [payload / ".metadata", temporary / TRAINER_STATE]
-        for path in paths:
-            path.chmod(0o600)
-            files.fsync_file(path)
-        files.fsync_directory(payload)
-        return [hash_file(temporary, path) for path in paths]
-
-    def _commit(self, temporary: Path, final: Path, manifest: Manifest) -> None:
-        write_manifest(temporary, manifest)
-        verify_names(temporary, manifest)
-        self.fence()
-        # the same step again: with metrics that were still owed, or after a resume from further back
-        replaced = folders.set_aside(final, "replaced") if final.exists() else None
-        os.rename(temporary, final)
-        files.fsync_directory(self.output_dir)
-        if replaced:
-            folders.delete(replaced)
-        self._prune()
+        self._committer.commit(draft)
+        distributed.on_rank_zero(self._prune)
+        return f"step-{step}"
 
     def _prune(self) -> None:
-        """Delete the oldest beyond the limit; never the newest, never the best."""
         infos = self.list_checkpoints()
-        best = self._best(infos)
-        spare = [info for info in infos[:-1] if best is None or info.checkpoint_id != best.checkpoint_id]
-        for info in spare[: max(0, len(infos) - self.save_total_limit)]:
+        for info in retention.spare(infos, self._best(infos), self.save_total_limit):
             folders.delete(folders.set_aside(self.output_dir / info.checkpoint_id, "deleted"))
 
     # ---- find
 
     def list_checkpoints(self) -> list[CheckpointInfo]:
         """Committed checkpoints with a sound manifest, by step."""
-        infos = []
-        for step in folders.committed_steps(self.output_dir):
-            folder = self.output_dir / f"step-{step}"
-            try:
-                manifest = read_manifest(folder)
-            except CheckpointError:
-                continue
-            size = sum(record.bytes for record in manifest.files)
-            infos.append(CheckpointInfo(folder.name, manifest.step, manifest.metrics, size, manifest.time))
-        return infos
+        return catalog.committed(self.output_dir)
 
     def validate(self, checkpoint_id: str) -> None:
         """Verify one checkpoint in this process.
@@ -250,11 +184,21 @@ class CheckpointManager:
     def _load_verified(
         self, folder: Path, model: nn.Module, optimizer: Optimizer, scheduler: Stateful
     ) -> dict[str, Any]:
-        state = distributed.on_rank_zero(lambda: read_trainer_state(folder))
-        fsdp2.load_payload(folder / PAYLOAD, model, optimizer)
+        state = distributed.on_rank_zero(lambda: self._read_state(folder))
+        self.payload.load(folder / self.payload.name, model, optimizer)
         with reading(folder / TRAINER_STATE, "the state of this schedule"):
             scheduler.load_state_dict(state["scheduler"])
         return state
+
+    def _read_state(self, folder: Path) -> dict[str, Any]:
+        found = read_manifest(folder).sharding
+        if found != self.payload.name:
+            raise CheckpointError(
+                f"The checkpoint {folder} must be of this run's engine, {self.payload.name}",
+                found=found,
+                remedy=f"Continue with {found}",
+            )
+        return read_trainer_state(folder)
 
     def load_latest(
         self, model: nn.Module, optimizer: Optimizer, scheduler: Stateful
@@ -277,20 +221,13 @@ class CheckpointManager:
         return state["step"], state.get("epoch", 0), state
 
     def _best(self, infos: list[CheckpointInfo]) -> CheckpointInfo | None:
-        measured = [info for info in infos if self.best_metric in info.metrics]
-        choose = min if self.best_metric_mode == "min" else max
-        return choose(measured, key=lambda info: info.metrics[self.best_metric], default=None)
+        return catalog.best(infos, self.best_metric, self.best_metric_mode)
 
     def print_summary(self) -> None:
         """One line a checkpoint: id, size, metrics, which is best."""
         infos = self.list_checkpoints()
-        best = self._best(infos)
-        for info in infos:
-            metrics = "  ".join(f"{name} {value:.4f}" for name, value in sorted(info.metrics.items()))
-            mark = "  best" if best and info.checkpoint_id == best.checkpoint_id else ""
-            print(f"{info.checkpoint_id:<14} {info.bytes / 1e6:>10.1f} MB  {metrics}{mark}")
-        if not infos:
-            print(f"no checkpoints in {self.output_dir}")
+        for line in catalog.lines(infos, self._best(infos)) or [f"no checkpoints in {self.output_dir}"]:
+            print(line)
 
 
 def read_trainer_state(folder: Path) -> dict[str, Any]:
@@ -312,10 +249,10 @@ def logical_digest(folder: Path) -> str:
     Raises:
         CheckpointError: it does not verify.
     """
-    verify(folder)
+    sharding = verify(folder).sharding
     state = read_trainer_state(folder)
     hasher = blake3()
-    fsdp2.digest_payload(folder / PAYLOAD, hasher)
+    payload_named(sharding).digest(folder / sharding, hasher)
     logical = {key: state.get(key) for key in ("scheduler", "samples_consumed", "seed", "step")}
     hasher.update(json.dumps(logical, sort_keys=True).encode())
     return hasher.hexdigest()

@@ -2,7 +2,7 @@
 
     step-<k>/manifest.json          this file, written last, before the folder gets its final name
     step-<k>/trainer_state.json     plain JSON
-    step-<k>/fsdp2/                 torch.distributed.checkpoint payload
+    step-<k>/<sharding>/            what the engine trains, in the engine's format (payload.py)
 
 Nothing in a checkpoint is unpickled before ``verify`` has passed: DCP keeps its metadata as a pickle and has no
 checksums of its own.
@@ -26,6 +26,7 @@ from encdec.files import atomic_write_text
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+TRAINER_STATE = "trainer_state.json"
 STEP_FOLDER = re.compile(r"step-(\d+)")
 HASH_BUFFER_BYTES = 8 * 2**20
 
@@ -47,6 +48,7 @@ class Manifest:
     samples_consumed: int
     world_size: int
     sharding: str
+    """Name of the payload: of its engine, and of its folder."""
     attempt: int
     run_identity: str
     metrics: dict[str, float]

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from encdec.checkpoints import CheckpointManager
+from encdec.checkpoints import TRAINER_STATE, CheckpointManager
 from encdec.checkpoints import __main__ as command
 from encdec.checkpoints import manifest as manifest_module
-from encdec.checkpoints.manager import TRAINER_STATE
 from encdec.checkpoints.manifest import MANIFEST, hash_file, read_manifest, write_manifest
 from encdec.errors import CheckpointError, UnreadableCheckpoint
 from tests.encdec.checkpoints.damage import Lab, flip, payload
