@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from encdec import files
 from encdec.checkpoints.manifest import FileRecord, hash_file, reading, unreadable
+from encdec.checkpoints.stored import StoredTensors, persistent_buffers, require_same_model, split
 from encdec.distributed import Group, is_distributed, rank
 from encdec.errors import CheckpointError
 
@@ -33,7 +34,7 @@ DIGEST_CHUNK_BYTES = 512 * 2**20
 def training_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     """Every tensor that has to survive, by name; sharded parameters stay sharded (DTensor)."""
     tensors: dict[str, Tensor] = {f"model.{name}": parameter.data for name, parameter in model.named_parameters()}
-    tensors |= {f"model.{name}": buffer for name, buffer in _persistent_buffers(model)}
+    tensors |= {f"model.{name}": buffer for name, buffer in persistent_buffers(model)}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optim.{name}.{key}"] = value
@@ -72,6 +73,58 @@ class Fsdp2Payload:
             for name, tensor in tensors.items():
                 hasher.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
                 hasher.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+    def stored(self, folder: Path) -> DcpTensors:
+        return DcpTensors(folder)
+
+    def load_from(self, stored: StoredTensors, folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
+        parameters, buffers = dict(model.named_parameters()), dict(persistent_buffers(model))
+        shapes = {name: tensor.shape for name, tensor in {**parameters, **buffers}.items()}
+        require_same_model(folder, stored.parameters, shapes)
+        optimizer.state.clear()
+        for name in stored.names:
+            (parameter, key), values = split(name), stored.read(name)
+            if parameter in buffers:
+                buffers[parameter].copy_(values)
+            elif not key:
+                _take_part(parameters[parameter].data, values)
+            elif values.ndim:
+                own = torch.zeros_like(parameters[parameter], dtype=values.dtype).detach()
+                _take_part(own, values)
+                optimizer.state[parameters[parameter]][key] = own
+            else:  # the fused AdamW keeps its step counter where the parameter is
+                optimizer.state[parameters[parameter]][key] = values.to(parameters[parameter].device, copy=True)
+
+
+class DcpTensors:
+    """A verified FSDP2 payload as named tensors."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._index: dict[str, Any] = read_metadata(folder).state_dict_metadata
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(self._index)
+
+    @property
+    def parameters(self) -> dict[str, torch.Size]:
+        return {split(name)[0]: stored.size for name, stored in self._index.items() if name.startswith("model.")}
+
+    def read(self, name: str) -> Tensor:
+        stored = self._index[name]
+        tensors = {name: torch.empty(stored.size, dtype=stored.properties.dtype)}
+        _fill(tensors, self._folder, no_dist=True)
+        return tensors[name]
+
+
+def _take_part(target: Tensor, whole: Tensor) -> None:
+    """Fill this rank's part of a tensor that is sharded by its first dimension, or a plain one."""
+    if isinstance(target, DTensor):
+        local = target.to_local()
+        rows = -(-len(whole) // target.device_mesh.size())
+        target, whole = local, whole[rank() * rows :][: len(local)]
+    target.copy_(whole)
 
 
 class Fsdp2Snapshot:
@@ -151,13 +204,6 @@ def _chunks(metadata: dict[str, Any]) -> Iterator[list[str]]:
         size += nbytes
     if names:
         yield names
-
-
-def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for prefix, module in model.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:
-                yield f"{prefix}.{name}" if prefix else name, buffer
 
 
 def _quiet() -> warnings.catch_warnings:

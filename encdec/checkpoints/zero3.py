@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from blake3 import blake3
-from torch import Tensor, nn
+from torch import Tensor
 
 from encdec import files
 from encdec.checkpoints.manifest import FileRecord, hash_file
@@ -36,9 +36,9 @@ class ZeroPayload:
     def __init__(self) -> None:
         self._buffers: dict[tuple[Any, ...], Tensor] = {}
 
-    def snapshot(self, model: nn.Module, optimizer: Any) -> ZeroSnapshot:
+    def snapshot(self, model: Any, optimizer: Any) -> ZeroSnapshot:
         with captured(model) as states:
-            model.save_checkpoint("unused", tag=TAG, save_latest=False)  # type: ignore[operator]
+            model.save_checkpoint("unused", tag=TAG, save_latest=False)
         return ZeroSnapshot({name: self._on_host(state, (name,)) for name, state in states.items()})
 
     def _on_host(self, value: Any, path: tuple[Any, ...]) -> Any:
@@ -54,7 +54,7 @@ class ZeroPayload:
             return type(value)(self._on_host(item, (*path, index)) for index, item in enumerate(value))
         return value
 
-    def load(self, folder: Path, model: nn.Module, optimizer: Any) -> None:
+    def load(self, folder: Path, model: Any, optimizer: Any) -> None:
         stored = Partitions(folder)
         targets = targets_of(model, optimizer)
         buffers = dict(persistent_buffers(model.module))
@@ -72,7 +72,7 @@ class ZeroPayload:
                         if values.ndim:
                             _copy_overlap(values, source, shard_rank, flat, target.place)
 
-    def load_from(self, stored: StoredTensors, folder: Path, model: nn.Module, optimizer: Any) -> None:
+    def load_from(self, stored: StoredTensors, folder: Path, model: Any, optimizer: Any) -> None:
         targets, buffers = targets_of(model, optimizer), dict(persistent_buffers(model.module))
         require_same_model(folder, stored.parameters, _shapes(targets, buffers))
         with refilled(optimizer):
@@ -91,6 +91,9 @@ class ZeroPayload:
         state."""
         feed(hasher, Partitions(folder))
 
+    def stored(self, folder: Path) -> StoredTensors:
+        return Partitions(folder)
+
 
 class ZeroSnapshot:
     """This rank's files, as DeepSpeed would write them, in host memory; a Snapshot."""
@@ -107,7 +110,8 @@ class ZeroSnapshot:
         inner.mkdir(mode=0o700, exist_ok=True)  # by whichever rank comes first
         own = [inner / name for name in self._states]
         for path, state in zip(own, self._states.values(), strict=True):
-            torch.save(state, path)
+            with path.open("wb") as stream:  # given a path, torch makes a RuntimeError of a full disk
+                torch.save(state, stream)
         if rank() == 0:
             own.append(folder / LATEST)
             own[-1].write_text(TAG)
@@ -172,7 +176,6 @@ class Target:
             states[key] = torch.zeros_like(self.weights) if like.ndim else like.to(self.weights.device, copy=True)
         return states[key]
 
-
     def take_part(self, flat: Tensor, whole: Tensor) -> None:
         """Fill this rank's part in ``flat`` from a whole tensor."""
         first, held = rank() * self.place.length, self.place.held_by(rank())
@@ -215,14 +218,14 @@ def refilled(optimizer: Any) -> Iterator[None]:
 
 def _needed(stored: Partitions, targets: dict[str, Target]) -> list[int]:
     """Ranks of a checkpoint that hold something of this rank's parts; one in any case, for the scalars."""
-    needed = {0}
+    needed: set[int] = set()
     for name, target in targets.items():
         first = rank() * target.place.length
         held = target.place.held_by(rank())
         if held:
             length = stored.places[name].length
             needed |= set(range(first // length, (first + held - 1) // length + 1))
-    return sorted(needed)
+    return sorted(needed) or [0]
 
 
 def _copy_overlap(source: Tensor, there: Place, source_rank: int, target: Tensor, here: Place) -> None:

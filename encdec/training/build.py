@@ -14,6 +14,7 @@ from blake3 import blake3
 
 from encdec import distributed
 from encdec.checkpoints import CheckpointManager
+from encdec.checkpoints.payload import payload_named
 from encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 from encdec.data.collator import UL2DataCollator
 from encdec.data.corpus import Corpus, open_corpus
@@ -180,6 +181,7 @@ def build_trainer(
         checkpoints=CheckpointManager(
             paths.checkpoints,
             config.training.save_total_limit,
+            payload=payload_named(engine.payload),
             attempt=attempt,
             run_identity=run.identity,
             fence=fence(paths, attempt),

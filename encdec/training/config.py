@@ -224,8 +224,7 @@ class InfraConfig(Section):
     fsdp_cpu_offload: bool = False
     """Keep parameters and optimizer state in host memory, under either engine."""
     deepspeed_config: str | None = None
-    """DeepSpeed JSON file for ZeRO-3's own knobs: buckets, prefetching, offload (encdec/training/deepspeed_config.py has
-    the keys). What the run's keys decide may stand there as "auto". A run keeps the file's text, not its path."""
+    """DeepSpeed JSON file, keys as in encdec/training/deepspeed_config.py: how ZeRO-3 works. A run keeps its text."""
     num_gpus: PositiveInt = 8
     """Ranks per node (one a GPU, or one a process where device is cpu)."""
     wandb_project: str = "qwen3-encoder-decoder"

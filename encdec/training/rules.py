@@ -105,7 +105,7 @@ def _require_one_engine(config: FullConfig) -> None:
     if infra.distributed_type == "deepspeed":
         if infra.fsdp_sharding_strategy != "FULL_SHARD":
             raise ConfigError(
-                "infra.fsdp_sharding_strategy must be FULL_SHARD with infra.distributed_type=deepspeed, which is ZeRO-3",
+                "infra.distributed_type=deepspeed is ZeRO-3, so infra.fsdp_sharding_strategy must be FULL_SHARD",
                 found=infra.fsdp_sharding_strategy,
                 remedy="Leave it out, or use fsdp",
             )

@@ -16,10 +16,12 @@ import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from encdec import distributed
 from encdec.checkpoints import TRAINER_STATE, CheckpointManager, reading
+from encdec.checkpoints.payload import payload_named
 from encdec.errors import TrainingDiverged
 from encdec.records import StepRecord
 from encdec.training.config import FullConfig
@@ -92,7 +94,9 @@ class Qwen3EncoderDecoderTrainer:
         warmup = min(training.warmup_steps, self.total_steps // 10) if warmup_steps is None else warmup_steps
         self.schedule = Schedule.from_config(training, warmup_steps=warmup, total_steps=self.total_steps)
         self.early_stopping = EarlyStopping(training)
-        self.checkpoints = checkpoints or CheckpointManager(config.infra.output_dir, training.save_total_limit)
+        self.checkpoints = checkpoints or CheckpointManager(
+            config.infra.output_dir, training.save_total_limit, payload=payload_named(self.engine.payload)
+        )
         self.requests = requests or Requests(None)
         self.observers = list(observers)
         self.attempt, self.restart = attempt, restart
@@ -137,7 +141,7 @@ class Qwen3EncoderDecoderTrainer:
                 found=f"loss {loss}, squared gradient norm {squares}",
                 remedy="Lower training.learning_rate, or resume from an earlier checkpoint",
             )
-        # the engine averaged over W ranks what each divided by ``unit``: this factor makes it the mean over target tokens
+        # the engine averaged over ranks what each divided by ``unit``: this factor makes it the mean over target tokens
         scale = self.engine.averaged_over * self._unit / max(tokens, 1.0)
         grad_norm = scale * math.sqrt(squares)
         rate = self._update(scale, grad_norm)
@@ -280,9 +284,7 @@ class Qwen3EncoderDecoderTrainer:
         began = time.perf_counter()
         # one that was only asked for has no metrics: it must not become the best, which an undisturbed run lacks
         metrics = self.state.metrics if self._is_scheduled() or self._completion() else {}
-        name = self.checkpoints.save(
-            self.model, self.optimizer, self.schedule, self.state.global_step, metrics, extra_state=self._extra_state()
-        )
+        name = self.checkpoints.save(*self._parts, self.state.global_step, metrics, extra_state=self._extra_state())
         self._last_saved = name
         for observer in self.observers:
             observer.on_save(self.state.global_step, name, time.perf_counter() - began)
@@ -294,11 +296,11 @@ class Qwen3EncoderDecoderTrainer:
         Raises:
             CheckpointError: it does not verify or is of another model.
         """
-        self._restore(self.checkpoints.load(path, self.model, self.optimizer, self.schedule), path)
+        self._restore(self.checkpoints.load(path, *self._parts), path)
 
     def resume(self) -> int | None:
         """Continue from the newest valid checkpoint, if there is one; returns its step."""
-        loaded = self.checkpoints.load_latest(self.model, self.optimizer, self.schedule)
+        loaded = self.checkpoints.load_latest(*self._parts)
         if loaded is None:
             return None
         self._restore(loaded[2], self.checkpoints.output_dir / f"step-{loaded[0]}")
@@ -334,6 +336,11 @@ class Qwen3EncoderDecoderTrainer:
         }
 
     # ---- small facts
+
+    @property
+    def _parts(self) -> tuple[nn.Module, Optimizer, Schedule]:
+        """What checkpoints are made of and fill."""
+        return self.engine.module, self.optimizer, self.schedule
 
     def _step_seed(self) -> int:
         """Generators of this step and rank: nothing random needs saving."""

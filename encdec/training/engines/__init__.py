@@ -18,10 +18,12 @@ __all__ = ["Engine", "TorchEngine", "start_engine"]
 class Engine(Protocol):
     """A model and its optimizer, spread over the ranks of the default process group.
 
-    A step is: per micro-batch ``set_sync``, a call of ``module``, ``backward``; then, once, ``local_gradients`` (read and
-    changed in place by the caller) and ``update``.
+    A step is, per micro-batch: ``set_sync``, a call of ``module``, ``backward``; then, once: ``local_gradients``, which
+    the caller reads and changes in place, and ``update``.
     """
 
+    payload: str
+    """Name of what it is saved as (``encdec.checkpoints.payload``)."""
     module: nn.Module
     """What is called for the forward pass: the model, or what the engine has put around it."""
     optimizer: Optimizer

@@ -41,6 +41,8 @@ def shard(model: nn.Module, layers: Iterable[nn.Module], infra: InfraConfig, dty
 class TorchEngine:
     """A model that ``shard`` has sharded, or a plain one in one process."""
 
+    payload = "fsdp2"
+
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         self.module, self.optimizer = model, optimizer
         self.averaged_over = distributed.world_size() if isinstance(model, FSDPModule) else 1

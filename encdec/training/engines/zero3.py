@@ -36,6 +36,8 @@ class ZeroEngine:
         micro_batch_size: samples.
     """
 
+    payload = "zero3"
+
     def __init__(
         self,
         model: nn.Module,
@@ -87,7 +89,7 @@ class ZeroEngine:
         return f"ZeRO-3 over {world_size} ranks: {total:,} parameters, {local:,} on this rank"
 
     def _clear_padding(self) -> None:
-        """Parts are padded to one length by memory as it was found: no number that anybody wrote, and not always one."""
+        """Parts are padded to one length with memory as it was found: not always numbers, never ones to be saved."""
         for group, flat in zip(self.optimizer.fp16_groups, self.optimizer.fp32_partitioned_groups_flat, strict=True):
             offset = 0
             for parameter in group:
@@ -111,14 +113,18 @@ def _initialize(model: nn.Module, optimizer: Optimizer, settings: dict[str, Any]
     place = {"RANK": distributed.rank(), "WORLD_SIZE": distributed.world_size(), "LOCAL_RANK": 0}
     for name, value in place.items():
         os.environ.setdefault(name, str(value))  # one process without a launcher
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # else Accelerate chooses another number
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-    os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)  # engine_config has read them; beside a whole one they are refused
+    # engine_config has heeded the launcher's fields; Accelerate would refuse them beside a whole configuration
+    os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
     from accelerate import Accelerator, DeepSpeedPlugin
 
     plugin = DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=False)
     with gloo_is_a_backend(device):
         accelerator = Accelerator(
-            mixed_precision="bf16" if settings["bf16"]["enabled"] else "no", deepspeed_plugin=plugin
+            mixed_precision="bf16" if settings["bf16"]["enabled"] else "no",
+            gradient_accumulation_steps=settings["gradient_accumulation_steps"],
+            deepspeed_plugin=plugin,
         )
     engine, _ = accelerator.prepare(model, optimizer)
     return engine
@@ -134,7 +140,7 @@ def kept_buffers(model: nn.Module) -> Iterator[None]:
     ]
     yield
     for module, name, buffer in kept:
-        module._buffers[name] = buffer.to(module._buffers[name].device)
+        module._buffers[name] = buffer.to(getattr(module, name).device)
 
 
 @contextlib.contextmanager
