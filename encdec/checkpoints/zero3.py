@@ -110,8 +110,7 @@ class ZeroSnapshot:
         inner.mkdir(mode=0o700, exist_ok=True)  # by whichever rank comes first
         own = [inner / name for name in self._states]
         for path, state in zip(own, self._states.values(), strict=True):
-            with path.open("wb") as stream:  # given a path, torch makes a RuntimeError of a full disk
-                torch.save(state, stream)
+            _save(state, path)
         if rank() == 0:
             own.append(folder / LATEST)
             own[-1].write_text(TAG)
@@ -121,6 +120,18 @@ class ZeroSnapshot:
         files.fsync_directory(inner)
         files.fsync_directory(folder)
         return [hash_file(folder, path) for path in own]
+
+
+def _save(state: dict[str, Any], path: Path) -> None:
+    """torch.save, with storage's own error where torch makes another of it."""
+    try:
+        with path.open("wb") as stream:  # given a path, torch does not even keep the error
+            torch.save(state, stream)
+    except RuntimeError as error:
+        cause = error.__context__
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        raise cause or error from None
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
