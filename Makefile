@@ -16,6 +16,8 @@ install: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .[dev]
+	@# DeepSpeed's own set-up imports torch, so it comes after it and without a build environment of its own
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation deepspeed
 	@# where there is no Slurm, sbatch in this environment says so and what to type instead
 	@command -v sbatch >/dev/null || install -m 755 slurm/sbatch-without-slurm .venv/bin/sbatch
 	@touch $@

@@ -37,8 +37,8 @@ from encdec.checkpoints import CheckpointManager
 from encdec.checkpoints.fsdp2 import training_tensors
 from encdec.checkpoints.manifest import verify
 from encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
-from encdec.training import sharding
 from encdec.training.config import InfraConfig
+from encdec.training.engines.fsdp2 import shard
 from encdec.training.schedule import Schedule
 from encdec.weight_initialization import build_from_scratch
 
@@ -65,7 +65,7 @@ class Lab:
         shape = Qwen3EncoderDecoderConfig(num_sentinel_tokens=16, **ids, **SIZES[size])
         model = build_from_scratch(shape, seed=0).to(device)
         self.device, self.folder, self.shown = device, folder, 0
-        sharding.shard(model, model.transformer_layers(), InfraConfig(device=device), torch.float32)
+        shard(model, model.transformer_layers(), InfraConfig(device=device), torch.float32)
         self.model, self.optimizer = model, torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
         step_without_data(self.model, self.optimizer)
         self.schedule = Schedule(peak=1e-3, warmup_steps=1, total_steps=10, min_ratio=0.1, shape="cosine")

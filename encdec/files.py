@@ -105,8 +105,11 @@ def staged_directory(final: Path) -> Iterator[Path]:
     fsync_directory(final.parent)
 
 
-ACCELERATE_CONFIG = Path("configs", "accelerate_fsdp2.yaml")
-"""Beside the packages, in a checkout as in a run's snapshot of it."""
+ACCELERATE_CONFIGS = {
+    "fsdp": Path("configs", "accelerate_fsdp2.yaml"),
+    "deepspeed": Path("configs", "accelerate_deepspeed.yaml"),
+}
+"""By ``infra.distributed_type``; beside the packages, in a checkout as in a run's snapshot of it."""
 
 
 @dataclass(frozen=True)
@@ -171,10 +174,9 @@ class RunPaths:
     def code(self) -> Path:
         return self.root / "code"
 
-    @property
-    def accelerate_config(self) -> Path:
-        """What accelerate launch reads, beside its arguments."""
-        return self.code / ACCELERATE_CONFIG
+    def accelerate_config(self, engine: str) -> Path:
+        """What accelerate launch reads, beside its arguments, for an ``infra.distributed_type``."""
+        return self.code / ACCELERATE_CONFIGS[engine]
 
     @property
     def events(self) -> Path:

@@ -30,6 +30,8 @@ SBATCH_FLAGS = {
     "cpus-per-task": ("N", "CPUs of each node's one task (default: one a rank and one a data worker)"),
 }
 """Passed to sbatch as they are, if given."""
+SHARDINGS = {"fsdp2": "fsdp", "zero3": "deepspeed"}
+"""--sharding -> ``infra.distributed_type``"""
 BUILT_IN_CLUSTERS = ("auto", "slurm", "local")
 SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -116,10 +118,11 @@ def asked_run(arguments: argparse.Namespace) -> RunConfig:
     Raises:
         ConfigError: any rule of the configuration broken.
     """
+    sharding = [f"infra.distributed_type={SHARDINGS[arguments.sharding]}"] if arguments.sharding else []
     return resolve_run(
         TrainingPhase(arguments.phase),
         config_file=arguments.config,
-        settings=arguments.set,
+        settings=[*arguments.set, *sharding],
         nodes=arguments.nodes,
         ranks_per_node=arguments.gpus_per_node,
         name=arguments.name,
@@ -137,6 +140,11 @@ def add_what(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         default=[],
         metavar="SECTION.KEY=VALUE",
         help="lay one value over the file; repeatable",
+    )
+    what.add_argument(
+        "--sharding",
+        choices=list(SHARDINGS),
+        help="engine that shards the model: torch's FSDP2 or DeepSpeed's ZeRO-3 (default: infra.distributed_type)",
     )
     what.add_argument("--name", help="name of the run (default: phase + digest of the configuration)")
     what.add_argument(

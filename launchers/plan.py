@@ -54,6 +54,13 @@ class Plan:
         return asdict(self)
 
 
+def sharding_of(run: RunConfig) -> str:
+    """The engine in words."""
+    infra = run.config.infra
+    name = "ZeRO-3" if infra.distributed_type == "deepspeed" else f"FSDP2 {infra.fsdp_sharding_strategy}"
+    return f"{name}, offloaded to host memory" if infra.fsdp_cpu_offload else name
+
+
 def make_plan(run: RunConfig, *, run_dir: str, cluster: str, why_cluster: str) -> Plan:
     """Everything the launcher and its user need to know before anything is written.
 
@@ -74,7 +81,7 @@ def make_plan(run: RunConfig, *, run_dir: str, cluster: str, why_cluster: str) -
         nodes=run.nodes,
         ranks_per_node=run.ranks_per_node,
         device=run.config.infra.device,
-        sharding=f"FSDP2 {run.config.infra.fsdp_sharding_strategy}",
+        sharding=sharding_of(run),
         micro_batch_size=micro,
         gradient_accumulation_steps=accumulation,
         global_batch_size=run.global_batch_size,

@@ -16,7 +16,7 @@ from typing import Any
 import encdec
 import launchers
 from encdec.errors import ConfigError, MissingPrerequisite, RunDirectoryError
-from encdec.files import ACCELERATE_CONFIG, RunPaths, atomic_write_json, staged_directory
+from encdec.files import ACCELERATE_CONFIGS, RunPaths, atomic_write_json, staged_directory
 from encdec.records import JsonLinesWriter, event, read_record
 from encdec.training.run_config import RunConfig, require_same_run
 from launchers.plan import Plan
@@ -160,13 +160,13 @@ def require_snapshot(paths: RunPaths) -> None:
         )
 
 
-def require_accelerate_config(paths: RunPaths) -> None:
+def require_accelerate_config(paths: RunPaths, engine: str) -> None:
     """accelerate launch reads a configuration file, which a run gets with its code.
 
     Raises:
         MissingPrerequisite: it is not in the run's snapshot, or where a new run's is made from.
     """
-    file = (paths.code if paths.code.is_dir() else own_code()) / ACCELERATE_CONFIG
+    file = (paths.code if paths.code.is_dir() else own_code()) / ACCELERATE_CONFIGS[engine]
     if not file.is_file():
         raise MissingPrerequisite(
             "accelerate launch needs its configuration file",
@@ -183,14 +183,15 @@ def note(paths: RunPaths, kind: str, **facts: Any) -> None:
 
 def snapshot_code(target: Path) -> None:
     """Copy the packages as they are now, with the state of their git checkout if they lie in one, and Accelerate's
-    configuration if it lies beside them (an installed package has none).
+    configurations if they lie beside them (an installed package has none).
     """
     for package in SNAPSHOT:
         source = Path(package.__path__[0])
         shutil.copytree(source, target / source.name, ignore=shutil.ignore_patterns("*.tmp"))
-    if (own_code() / ACCELERATE_CONFIG).is_file():
-        (target / ACCELERATE_CONFIG).parent.mkdir()
-        shutil.copy(own_code() / ACCELERATE_CONFIG, target / ACCELERATE_CONFIG)
+    for file in ACCELERATE_CONFIGS.values():
+        if (own_code() / file).is_file():
+            (target / file).parent.mkdir(exist_ok=True)
+            shutil.copy(own_code() / file, target / file)
     atomic_write_json(target / "git.json", git_state(own_code()))
     atomic_write_json(target / DIGESTS, digests_of(target))
 

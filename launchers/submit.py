@@ -41,7 +41,7 @@ def submit(arguments: Namespace) -> int:
     plan = make_plan(run, run_dir=str(paths.root), cluster=cluster, why_cluster=why)
     with usable(paths):
         if arguments.launcher == "accelerate":
-            require_accelerate_config(paths)
+            require_accelerate_config(paths, run.config.infra.distributed_type)
         before = find_run(paths, run) if arguments.dry_run else make_or_find(paths, run, plan)
         if before:
             run = replace(run, name=arguments.name or before.name)

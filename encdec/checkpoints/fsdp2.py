@@ -10,7 +10,6 @@ they come from run.yaml and the schedule.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +17,26 @@ import torch
 import torch.distributed.checkpoint as dcp
 from blake3 import blake3
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from encdec import files
 from encdec.checkpoints.dcp_index import PayloadReader, plain_error
-from encdec.checkpoints.fsdp2_weights import Fsdp2Weights
+from encdec.checkpoints.fsdp2_tensors import DcpTensors, Fsdp2Weights
 from encdec.checkpoints.image import Chunk, Entry, Image, index_of, write_hashed
 from encdec.checkpoints.manifest import FileRecord, unreadable
+from encdec.checkpoints.stored import StoredTensors, feed, persistent_buffers, require_same_model, split
+from encdec.checkpoints.weights import PREFIX
 from encdec.distributed import Group, gather, is_distributed, rank
 from encdec.errors import CheckpointError
 
 METADATA = ".metadata"
-DIGEST_CHUNK_BYTES = 512 * 2**20
 
 
 def training_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     """Every tensor that has to survive, by name; sharded parameters stay sharded (DTensor)."""
-    tensors: dict[str, Tensor] = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
-    tensors |= {f"model.{name}": buffer for name, buffer in _persistent_buffers(model)}
+    tensors: dict[str, Tensor] = {f"{PREFIX}{name}": parameter for name, parameter in model.named_parameters()}
+    tensors |= {f"{PREFIX}{name}": buffer for name, buffer in persistent_buffers(model)}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optim.{name}.{key}"] = value
@@ -88,18 +87,11 @@ class Fsdp2Payload:
         return self._index
 
     def load(self, folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
-        metadata = read_metadata(folder)
-        stored = {key for key in metadata.state_dict_metadata if key.startswith("model.")}
-        prepare_optimizer_state(metadata, model, optimizer)
+        stored = DcpTensors(folder)
+        prepare_optimizer_state(stored, model, optimizer)
         tensors = {name: tensor.detach() for name, tensor in training_tensors(model, optimizer).items()}
-        wanted = {key for key in tensors if key.startswith("model.")}
-        if stored != wanted:
-            missing, unknown = sorted(wanted - stored), sorted(stored - wanted)
-            raise CheckpointError(
-                f"The checkpoint {folder.parent} must have the parameters of this model",
-                found=f"{len(missing)} missing {missing[:3]}, {len(unknown)} unknown {unknown[:3]}",
-                remedy="Resume with the configuration it was made with",
-            )
+        wanted = {split(name)[0]: tensor.shape for name, tensor in tensors.items() if name.startswith(PREFIX)}
+        require_same_model(folder, stored.parameters, wanted)
         _fill(tensors, folder, no_dist=not is_distributed())
 
     def weights(self, folder: Path) -> Fsdp2Weights:
@@ -107,13 +99,37 @@ class Fsdp2Payload:
 
     def digest(self, folder: Path, hasher: blake3) -> None:
         """Every tensor's name, dtype, shape and bytes, in order of name."""
-        metadata = read_metadata(folder).state_dict_metadata
-        for names in _chunks(metadata):
-            tensors = {name: torch.empty(metadata[name].size, dtype=metadata[name].properties.dtype) for name in names}  # type: ignore[union-attr]
-            _fill(tensors, folder, no_dist=True)
-            for name, tensor in tensors.items():
-                hasher.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-                hasher.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        feed(hasher, DcpTensors(folder))
+
+    def stored(self, folder: Path) -> DcpTensors:
+        return DcpTensors(folder)
+
+    def load_from(self, stored: StoredTensors, folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
+        parameters, buffers = dict(model.named_parameters()), dict(persistent_buffers(model))
+        shapes = {name: tensor.shape for name, tensor in {**parameters, **buffers}.items()}
+        require_same_model(folder, stored.parameters, shapes)
+        optimizer.state.clear()
+        for name in stored.names:
+            (parameter, key), values = split(name), stored.read(name)
+            if parameter in buffers:
+                buffers[parameter].copy_(values)
+            elif not key:
+                _take_part(parameters[parameter].data, values)
+            elif values.ndim:
+                own = torch.zeros_like(parameters[parameter], dtype=values.dtype).detach()
+                _take_part(own, values)
+                optimizer.state[parameters[parameter]][key] = own
+            else:  # the fused AdamW keeps its step counter where the parameter is
+                optimizer.state[parameters[parameter]][key] = values.to(parameters[parameter].device, copy=True)
+
+
+def _take_part(target: Tensor, whole: Tensor) -> None:
+    """Fill this rank's part of a tensor that is sharded by its first dimension, or a plain one."""
+    if isinstance(target, DTensor):
+        local = target.to_local()
+        rows = -(-len(whole) // target.device_mesh.size())
+        target, whole = local, whole[rank() * rows :][: len(local)]
+    target.copy_(whole)
 
 
 class Fsdp2Snapshot:
@@ -164,54 +180,26 @@ def _fill(tensors: dict[str, Tensor], folder: Path, *, no_dist: bool) -> None:
             raise unreadable(folder, plain) if isinstance(plain, OSError) else plain from error
 
 
-def prepare_optimizer_state(metadata: Metadata, model: nn.Module, optimizer: Optimizer) -> None:
+def prepare_optimizer_state(stored: DcpTensors, model: nn.Module, optimizer: Optimizer) -> None:
     """Make empty optimizer state of the stored names, shapes and dtypes, sharded like its parameter."""
     parameters = dict(model.named_parameters())
     optimizer.state.clear()
-    for key, stored in metadata.state_dict_metadata.items():
-        if not key.startswith("optim.") or not isinstance(stored, TensorStorageMetadata):
+    for key, meta in stored.tensors.items():
+        name, state = split(key)
+        if not state:
             continue
-        name, _, state = key.removeprefix("optim.").rpartition(".")
         if name not in parameters:
             raise CheckpointError(
                 "Optimizer state must belong to a parameter of the model",
                 found=key,
                 remedy="Resume with the configuration it was made with",
             )
-        parameter, dtype = parameters[name], stored.properties.dtype
-        if stored.size == parameter.shape and stored.size:
-            value = torch.zeros_like(parameter, dtype=dtype)
+        parameter = parameters[name]
+        if meta.shape == parameter.shape and meta.shape:
+            value = torch.zeros_like(parameter, dtype=meta.dtype)
         else:  # the fused AdamW keeps its step counter, a scalar, where the parameter is
-            value = torch.zeros(stored.size, dtype=dtype, device=parameter.device)
+            value = torch.zeros(meta.shape, dtype=meta.dtype, device=parameter.device)
         optimizer.state[parameter][state] = value.detach()
-
-
-def read_metadata(folder: Path) -> Metadata:
-    """DCP's index of the payload, which cannot run anything. Call only after the manifest has been verified."""
-    return PayloadReader(folder).read_metadata()
-
-
-def _chunks(metadata: dict[str, Any]) -> Iterator[list[str]]:
-    """Names in order, cut so that each cut's tensors stay within DIGEST_CHUNK_BYTES (or are one tensor)."""
-    names: list[str] = []
-    size = 0
-    for name in sorted(metadata):
-        stored = metadata[name]
-        nbytes = stored.size.numel() * stored.properties.dtype.itemsize
-        if names and size + nbytes > DIGEST_CHUNK_BYTES:
-            yield names
-            names, size = [], 0
-        names.append(name)
-        size += nbytes
-    if names:
-        yield names
-
-
-def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for prefix, module in model.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:
-                yield f"{prefix}.{name}" if prefix else name, buffer
 
 
 def _quiet() -> warnings.catch_warnings:

@@ -183,7 +183,8 @@ class CheckpointManager:
             OSError: ENOSPC, with what is needed, by the last checkpoint or by the model's size, and what is there.
         """
         infos = catalog.committed(self.output_dir)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
+        # under ZeRO-3 a parameter is empty but for its moments of use
+        parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
         expected = infos[-1].bytes if infos else BYTES_PER_PARAMETER * parameters
         space.require_room(self.output_dir, expected, distributed.world_size())
 
@@ -281,21 +282,16 @@ class CheckpointManager:
     def _load_verified(
         self, folder: Path, model: nn.Module, optimizer: Optimizer, scheduler: Stateful
     ) -> dict[str, Any]:
-        state = distributed.on_rank_zero(lambda: self._read_state(folder))
-        self.payload.load(folder / self.payload.name, model, optimizer)
+        state = distributed.on_rank_zero(lambda: read_trainer_state(folder))
+        sharding = distributed.on_rank_zero(lambda: read_manifest(folder).sharding)
+        if sharding == self.payload.name:
+            self.payload.load(folder / sharding, model, optimizer)
+        else:  # of the other engine: the same names and numbers, in other files
+            stored = payload_named(sharding).stored(folder / sharding)
+            self.payload.load_from(stored, folder / sharding, model, optimizer)
         with reading(folder / TRAINER_STATE, "the state of this schedule"):
             scheduler.load_state_dict(state["scheduler"])
         return state
-
-    def _read_state(self, folder: Path) -> dict[str, Any]:
-        found = read_manifest(folder).sharding
-        if found != self.payload.name:
-            raise CheckpointError(
-                f"The checkpoint {folder} must be of this run's engine, {self.payload.name}",
-                found=found,
-                remedy=f"Continue with {found}",
-            )
-        return read_trainer_state(folder)
 
     def load_latest(
         self, model: nn.Module, optimizer: Optimizer, scheduler: Stateful

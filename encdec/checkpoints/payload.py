@@ -15,11 +15,15 @@ from torch import nn
 from torch.optim import Optimizer
 
 from encdec.checkpoints.manifest import FileRecord, Manifest
+from encdec.checkpoints.stored import StoredTensors
 from encdec.checkpoints.weights import Weights
 from encdec.distributed import Group
 from encdec.errors import CheckpointError
 
-ENGINES = {"fsdp2": "encdec.checkpoints.fsdp2:Fsdp2Payload"}
+ENGINES = {
+    "fsdp2": "encdec.checkpoints.fsdp2:Fsdp2Payload",
+    "zero3": "encdec.checkpoints.zero3:ZeroPayload",
+}
 """Payload name, as manifests have it under ``sharding``, and its class; imported where it is used."""
 DEFAULT = "fsdp2"
 
@@ -69,6 +73,17 @@ class Payload(Protocol):
 
     def digest(self, folder: Path, hasher: blake3) -> None:
         """Feed the logical content of a verified ``folder`` to ``hasher``: the same bytes for any world size."""
+
+    def stored(self, folder: Path) -> StoredTensors:
+        """The content of a verified ``folder``, by name."""
+
+    def load_from(self, stored: StoredTensors, folder: Path, model: nn.Module, optimizer: Optimizer) -> None:
+        """Fill model and optimizer from another engine's ``folder``; collective.
+
+        Raises:
+            CheckpointError: it is of another model.
+            UnreadableCheckpoint: storage does not let it be read.
+        """
 
 
 def payload_named(name: str) -> Payload:

@@ -15,6 +15,7 @@ from blake3 import blake3
 
 from encdec import distributed
 from encdec.checkpoints import CheckpointManager, DriveCheckpointManager
+from encdec.checkpoints.payload import payload_named
 from encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 from encdec.data.collator import UL2DataCollator
 from encdec.data.corpus import Corpus, open_corpus
@@ -28,6 +29,7 @@ from encdec.records import JsonLinesWriter, event
 from encdec.tokenization_qwen3_encdec import Qwen3EncoderDecoderTokenizer
 from encdec.training import sharding
 from encdec.training.config import FullConfig
+from encdec.training.engines import start_engine
 from encdec.training.observers import Observer, Records, TensorBoard, TextLog, WeightsAndBiases
 from encdec.training.rules import require_memory
 from encdec.training.run_config import RunConfig
@@ -154,10 +156,12 @@ def build_trainer(
     config = run.config
     model.to(device)
     dtype = sharding.compute_dtype(config.training, device)
-    sharding.shard(model, model.transformer_layers(), config.infra, dtype)
-    log.info("%s, computing in %s", sharding.prove_sharding(model, distributed.world_size()), dtype)
     rank, world = distributed.rank(), distributed.world_size()
-    micro, _ = run.micro_batches(world)
+    micro, accumulation = run.micro_batches(world)
+    engine = start_engine(
+        model, config, device=device, dtype=dtype, micro_batch_size=micro, accumulation_steps=accumulation
+    )
+    log.info("%s, computing in %s", engine.prove_sharding(world), dtype)
     dataset = UL2Dataset(open_packed(packed, "train"))
     collator = UL2DataCollator(
         tokenizer,
@@ -176,7 +180,8 @@ def build_trainer(
         config,
         loader,
         evaluation_batches(config, packed, collator),
-        checkpoints=checkpoint_manager(run, paths, attempt),
+        engine=engine,
+        checkpoints=checkpoint_manager(run, paths, attempt, engine.payload),
         sample_length=run.sample_length,
         total_steps=run.num_train_steps,
         warmup_steps=run.warmup_steps,
@@ -187,10 +192,15 @@ def build_trainer(
     )
 
 
-def checkpoint_manager(run: RunConfig, paths: RunPaths, attempt: int) -> CheckpointManager:
-    """Of the run's ``checkpoints/``, with the mirror that the configuration asks for."""
+def checkpoint_manager(run: RunConfig, paths: RunPaths, attempt: int, payload: str) -> CheckpointManager:
+    """Of the run's ``checkpoints/``, with the mirror that the configuration asks for.
+
+    Args:
+        payload: name of what the engine is saved as.
+    """
     limit, mirror = run.config.training.save_total_limit, run.config.infra.checkpoint_mirror
     options: dict[str, Any] = {
+        "payload": payload_named(payload),
         "averaged": AVERAGED_CHECKPOINTS,
         "averaged_from": averaged_from(run.config.training, run.num_train_steps),
         "attempt": attempt,

@@ -222,15 +222,15 @@ class InfraConfig(Section):
     device: Literal["cuda", "cpu"] = "cuda"
     """Kind of device of every rank. Never changed silently: a missing GPU is an error."""
     distributed_type: Literal["fsdp", "deepspeed", "ddp"] = "fsdp"
-    """How the model is spread over the ranks."""
+    """How the model is spread over the ranks: fsdp is FSDP2, deepspeed is ZeRO-3 (``--sharding fsdp2``, ``zero3``)."""
     fsdp_sharding_strategy: Literal["FULL_SHARD", "SHARD_GRAD_OP"] = "FULL_SHARD"
     """FULL_SHARD frees parameters after the forward pass, SHARD_GRAD_OP keeps them until after backward."""
     fsdp_activation_checkpointing: bool = True
-    """Recompute activations of each layer in the backward pass."""
+    """Recompute activations of each layer in the backward pass, under either engine."""
     fsdp_cpu_offload: bool = False
-    """Keep parameters and optimizer state in host memory."""
+    """Keep parameters and optimizer state in host memory, under either engine."""
     deepspeed_config: str | None = None
-    """DeepSpeed JSON file."""
+    """DeepSpeed JSON file, keys as in encdec/training/deepspeed_config.py: how ZeRO-3 works. A run keeps its text."""
     num_gpus: PositiveInt = 8
     """Ranks per node (one a GPU, or one a process where device is cpu)."""
     checkpoint_mirror: str | None = None

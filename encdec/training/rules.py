@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from encdec.errors import ConfigError
+from encdec.errors import ConfigError, MissingPrerequisite
 from encdec.training.config import ArchitectureConfig, FullConfig
+from encdec.training.deepspeed_config import embed_file
 from encdec.vocabulary import BYTE_ALPHABET_SIZE, smallest_vocabulary
+
+INSTALL_DEEPSPEED = 'python -m pip install --no-build-isolation "deepspeed>=0.19.8"'
 
 
 def check_rules(config: FullConfig) -> None:
@@ -22,6 +27,7 @@ def check_rules(config: FullConfig) -> None:
     _require_positions(config)
     _require_local_models(config)
     require_no_password("infra.checkpoint_mirror", config.infra.checkpoint_mirror or "")
+    _require_one_engine(config)
 
 
 def require_memory(shape: ArchitectureConfig, vocab_size: int, ranks: int, memory: int) -> None:
@@ -110,6 +116,39 @@ def require_no_password(what: str, url: str) -> None:
         )
 
 
+def _require_one_engine(config: FullConfig) -> None:
+    """Keys of one engine are not given to the other, which would not heed them."""
+    infra = config.infra
+    if infra.distributed_type == "deepspeed":
+        if infra.fsdp_sharding_strategy != "FULL_SHARD":
+            raise ConfigError(
+                "infra.distributed_type=deepspeed is ZeRO-3, so infra.fsdp_sharding_strategy must be FULL_SHARD",
+                found=infra.fsdp_sharding_strategy,
+                remedy="Leave it out, or use fsdp",
+            )
+        embed_file(config)
+    elif infra.deepspeed_config is not None:
+        raise ConfigError(
+            "infra.deepspeed_config goes with infra.distributed_type=deepspeed",
+            found=f"{infra.deepspeed_config} with {infra.distributed_type}",
+            remedy="Leave it out, or give --sharding zero3",
+        )
+
+
+def require_deepspeed() -> None:
+    """Look for DeepSpeed without importing it.
+
+    Raises:
+        MissingPrerequisite: it is not installed.
+    """
+    if importlib.util.find_spec("deepspeed") is None:
+        raise MissingPrerequisite(
+            "infra.distributed_type=deepspeed (--sharding zero3) needs DeepSpeed",
+            found=f"none in {sys.prefix}",
+            remedy=f"Install it, after torch: {INSTALL_DEEPSPEED}; or use --sharding fsdp2",
+        )
+
+
 def refuse_what_is_not_built(config: FullConfig) -> None:
     """Refuse, by name, options that are part of the tree but that this version cannot honour.
 
@@ -119,10 +158,7 @@ def refuse_what_is_not_built(config: FullConfig) -> None:
     unbuilt: Mapping[str, tuple[bool, object, str]] = {
         "training.fp16": (config.training.fp16, True, "Use training.bf16=true"),
         "training.optimizer": (config.training.optimizer == "muon", "muon", "Use adamw"),
-        "infra.distributed_type": (
-            config.infra.distributed_type != "fsdp", config.infra.distributed_type, "Use fsdp",
-        ),
-        "infra.deepspeed_config": (bool(config.infra.deepspeed_config), config.infra.deepspeed_config, "Leave it out"),
+        "infra.distributed_type": (config.infra.distributed_type == "ddp", "ddp", "Use fsdp or deepspeed"),
         "data.tokenize_on_fly": (config.data.tokenize_on_fly, True, "Use false: text is packed once, then read"),
         "data.sources": (bool(config.data.sources), config.data.sources, "Give one data.dataset_name"),
         "data.mix_ratios": (bool(config.data.mix_ratios), config.data.mix_ratios, "Give one data.dataset_name"),

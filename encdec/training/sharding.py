@@ -1,25 +1,17 @@
-"""Process group and FSDP2, and the proof at start-up that both are what was asked for.
-
-Launchers can lose the sharding without a word: ``accelerate launch --cpu`` collapses to one process, and Accelerate's
-own FSDP turns into plain data parallelism on CPU. So the sharding is done here, by ``fully_shard``, then looked at.
-"""
+"""Process group, device and precision of a rank, and the proof at its start that they are what was asked for."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
 
 from encdec.errors import MissingPrerequisite, ShardingError
 from encdec.training.config import InfraConfig, TrainingConfig
+from encdec.training.rules import require_deepspeed
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
@@ -43,12 +35,43 @@ def require_ranks(infra: InfraConfig, expected_world_size: int | None = None) ->
             remedy=f"Start it with torchrun --nproc-per-node {infra.num_gpus}, or set infra.num_gpus={local_world}; "
             "accelerate launch --cpu collapses to one process, leave --cpu out",
         )
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-        raise ShardingError(
-            "Launcher and configuration must name the same engine",
-            found=f"DeepSpeed from accelerate, infra.distributed_type={infra.distributed_type}",
-            remedy="Start with --config_file configs/accelerate_fsdp2.yaml",
-        )
+    require_engine(infra)
+
+
+def require_engine(infra: InfraConfig) -> None:
+    """Refuse an engine that is not installed, or that the launcher's own file contradicts. Imports nothing.
+
+    Raises:
+        MissingPrerequisite: DeepSpeed is asked for and not there.
+        ShardingError: ``accelerate launch`` was given the configuration of another engine.
+    """
+    environment = os.environ
+    wanted = infra.distributed_type
+    used = {"fsdp": "ACCELERATE_USE_FSDP", "deepspeed": "ACCELERATE_USE_DEEPSPEED"}
+    told = [engine for engine, variable in used.items() if environment.get(variable, "").lower() == "true"]
+    if told and wanted not in told:
+        raise _not_the_launchers(f"{told[0]} from accelerate, infra.distributed_type={wanted}", wanted)
+    if wanted != "deepspeed":
+        return
+    require_deepspeed()
+    stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    if told and stage != "3":
+        raise _not_the_launchers(f"ZeRO stage {stage} from accelerate, where this version honours stage 3", wanted)
+    if file := environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
+        raise _not_the_launchers(f"deepspeed_config_file {file} from accelerate, not infra.deepspeed_config", wanted)
+    for name in ("OPTIMIZER", "PARAM"):
+        device = environment.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{name}_DEVICE", "none")
+        if device not in ("none", "cpu"):
+            raise _not_the_launchers(f"offload to {device} from accelerate, where none or cpu will do", wanted)
+
+
+def _not_the_launchers(found: str, wanted: str) -> ShardingError:
+    config = {"fsdp": "accelerate_fsdp2.yaml", "deepspeed": "accelerate_deepspeed.yaml"}.get(wanted, "")
+    return ShardingError(
+        "Launcher and configuration must name the same engine",
+        found=found,
+        remedy=f"Start with --config_file configs/{config}",
+    )
 
 
 def open_store() -> dist.TCPStore | None:
@@ -119,44 +142,3 @@ def compute_dtype(training: TrainingConfig, device: torch.device) -> torch.dtype
         return torch.bfloat16
     warnings.warn(f"training.bf16: {device.type} here has no fast bfloat16, computing in float32", stacklevel=2)
     return torch.float32
-
-
-def shard(model: nn.Module, layers: Iterable[nn.Module], infra: InfraConfig, dtype: torch.dtype) -> DeviceMesh:
-    """FSDP2 over all ranks: each transformer layer is a group, the rest (embedding, final norms) belongs to the root.
-
-    Master weights and reductions are fp32; ``dtype`` is that of the computation.
-    """
-    mesh = init_device_mesh(infra.device, (dist.get_world_size(),), mesh_dim_names=("data",))
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    offload = CPUOffloadPolicy() if infra.fsdp_cpu_offload else OffloadPolicy()
-    free_after_forward = infra.fsdp_sharding_strategy == "FULL_SHARD"
-    for layer in layers:
-        fully_shard(
-            layer, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=free_after_forward
-        )
-    fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=free_after_forward)
-    return mesh
-
-
-def prove_sharding(model: nn.Module, world_size: int) -> str:
-    """Look at every parameter's placement; returns one line that says what was found.
-
-    Raises:
-        ShardingError: a parameter is not split over all ranks.
-    """
-    local = total = 0
-    for name, parameter in model.named_parameters():
-        tensor = parameter.data
-        if (
-            not isinstance(tensor, DTensor)
-            or tensor.placements != (Shard(0),)
-            or tensor.device_mesh.size() != world_size
-        ):
-            raise ShardingError(
-                f"Every parameter must be split over all {world_size} ranks",
-                found=f"{name}: {getattr(tensor, 'placements', 'a plain tensor')}",
-                remedy="Let encdec.train shard the model itself; start it with torchrun or accelerate launch",
-            )
-        local += tensor.to_local().numel()
-        total += parameter.numel()
-    return f"FSDP2 over {world_size} ranks: {total:,} parameters, {local:,} on this rank"

@@ -16,16 +16,17 @@ import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from encdec import distributed
 from encdec.checkpoints import TRAINER_STATE, CheckpointManager, reading
+from encdec.checkpoints.payload import payload_named
 from encdec.errors import TrainingDiverged
 from encdec.records import StepRecord
 from encdec.training.config import FullConfig
 from encdec.training.early_stopping import EarlyStopping
+from encdec.training.engines import Engine, TorchEngine
 from encdec.training.observers import Observer
 from encdec.training.optimizer import make_optimizer
 from encdec.training.saving import Saving, Standing
@@ -37,7 +38,7 @@ log = logging.getLogger("encdec.train")
 
 
 class Qwen3EncoderDecoderTrainer:
-    """Trains a model whose parameters may be sharded by FSDP2 (or plain, in one process).
+    """Trains a model that an engine has spread over the ranks (or a plain one, in one process).
 
     Args:
         model: returns an object with ``.loss`` for (input_ids [B, S_e], attention_mask [B, S_e], labels [B, S_d],
@@ -46,6 +47,7 @@ class Qwen3EncoderDecoderTrainer:
         config: the whole tree; its intervals and limits are obeyed as they stand.
         train_dataloader: endless, with a batch sampler that has ``set_position`` (``encdec.data.sampler``).
         eval_dataloader: batches of one evaluation, the same number on every rank; None: no evaluation.
+        engine: what the model and its optimizer are sharded by; the plain model and a new optimizer unless given.
         checkpoints: where to save; a manager of ``infra.output_dir`` unless given.
         sample_length: raw tokens per sample.
         global_batch_size: samples per optimizer step over all ranks.
@@ -64,6 +66,7 @@ class Qwen3EncoderDecoderTrainer:
         train_dataloader: DataLoader[Any],
         eval_dataloader: Iterable[dict[str, Tensor]] | None = None,
         *,
+        engine: Engine | None = None,
         checkpoints: CheckpointManager | None = None,
         sample_length: int | None = None,
         global_batch_size: int | None = None,
@@ -86,11 +89,15 @@ class Qwen3EncoderDecoderTrainer:
             or (training.per_device_train_batch_size * self.accumulation_steps * distributed.world_size())
         )
         self.sample_length = sample_length or config.data.max_seq_length
-        self.optimizer = make_optimizer(model, config)
+        self._device = next(model.parameters()).device
+        self.engine: Engine = engine or TorchEngine(model, make_optimizer(model, config))
+        self.optimizer = self.engine.optimizer
         warmup = min(training.warmup_steps, self.total_steps // 10) if warmup_steps is None else warmup_steps
         self.schedule = Schedule.from_config(training, warmup_steps=warmup, total_steps=self.total_steps)
         self.early_stopping = EarlyStopping(training)
-        self.checkpoints = checkpoints or CheckpointManager(config.infra.output_dir, training.save_total_limit)
+        self.checkpoints = checkpoints or CheckpointManager(
+            config.infra.output_dir, training.save_total_limit, payload=payload_named(self.engine.payload)
+        )
         self.requests = requests or Requests(None)
         self.observers = list(observers)
         self.attempt, self.restart = attempt, restart
@@ -98,7 +105,6 @@ class Qwen3EncoderDecoderTrainer:
         self.losses = LossHistory(self.total_steps)
         # a constant near a micro-batch's token count: dividing by it keeps gradients ordinary in any precision
         self._unit = float(training.per_device_train_batch_size * config.data.max_decoder_length)
-        self._device = next(model.parameters()).device
         self._process = psutil.Process()
         self.saving = Saving(self.checkpoints, config, self.total_steps, self.observers)
         self._batches: Iterator[dict[str, Tensor]] | None = None
@@ -112,7 +118,7 @@ class Qwen3EncoderDecoderTrainer:
             TrainingDiverged: the loss is not a finite number.
             OSError: a checkpoint could not be written, or there is no room for one from the beginning.
         """
-        self.model.train()
+        self.engine.module.train()
         self._make_up_evaluation()
         message = self._completion()
         cause = "complete" if message else ""
@@ -140,9 +146,8 @@ class Qwen3EncoderDecoderTrainer:
                 found=f"loss {loss}, squared gradient norm {squares}",
                 remedy="Lower training.learning_rate, or resume from an earlier checkpoint",
             )
-        # FSDP averaged over W ranks what each divided by ``unit``: this factor makes it the mean over target tokens
-        averaged_over = distributed.world_size() if isinstance(self.model, FSDPModule) else 1
-        scale = averaged_over * self._unit / max(tokens, 1.0)
+        # the engine averaged over ranks what each divided by ``unit``: this factor makes it the mean over target tokens
+        scale = self.engine.averaged_over * self._unit / max(tokens, 1.0)
         grad_norm = scale * math.sqrt(squares)
         rate = self._update(scale, grad_norm)
         self._advance(loss)
@@ -166,10 +171,9 @@ class Qwen3EncoderDecoderTrainer:
             batch = self._next_batch()
             waited += time.perf_counter() - asked
             tokens += int((batch["labels"] != -100).sum())  # on the host: no device synchronisation
-            if isinstance(self.model, FSDPModule):
-                self.model.set_requires_gradient_sync(index == self.accumulation_steps - 1)
+            self.engine.set_sync(index == self.accumulation_steps - 1)
             loss = self._loss(batch, self._unit)
-            loss.backward()
+            self.engine.backward(loss)
             loss_sum += loss.detach().double() * self._unit
         return loss_sum, tokens, waited
 
@@ -177,7 +181,7 @@ class Qwen3EncoderDecoderTrainer:
         inputs = {
             key: batch[key].to(self._device, non_blocking=True) for key in ("input_ids", "attention_mask", "labels")
         }
-        return self.model(**inputs, use_cache=False, num_items_in_batch=unit).loss
+        return self.engine.module(**inputs, use_cache=False, num_items_in_batch=unit).loss
 
     def _next_batch(self) -> dict[str, Tensor]:
         if self._batches is None:
@@ -186,7 +190,7 @@ class Qwen3EncoderDecoderTrainer:
 
     def _reduce(self, loss_sum: Tensor, tokens: int, flags: list[bool]) -> list[float]:
         """The step's one collective: sums of loss, tokens, squared gradients and each flag over all ranks."""
-        norms = torch._foreach_norm(self._local_gradients())
+        norms = torch._foreach_norm(self.engine.local_gradients())
         squares = torch.stack(norms).double().square().sum()
         counts = torch.tensor([tokens, *flags], dtype=torch.float64, device=self._device)
         values = torch.cat([torch.stack([loss_sum, counts[0], squares.to(self._device)]), counts[1:]])
@@ -197,15 +201,10 @@ class Qwen3EncoderDecoderTrainer:
     def _update(self, scale: float, grad_norm: float) -> float:
         """Scale to the token mean, clip, step; returns the learning rate used."""
         clip = min(1.0, self.config.training.max_grad_norm / (grad_norm + 1e-6))
-        torch._foreach_mul_(self._local_gradients(), scale * clip)
+        torch._foreach_mul_(self.engine.local_gradients(), scale * clip)
         rate = self.schedule.apply(self.optimizer)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.engine.update()
         return rate
-
-    def _local_gradients(self) -> list[Tensor]:
-        gradients = (parameter.grad for parameter in self.model.parameters() if parameter.grad is not None)
-        return [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
 
     def _advance(self, loss: float) -> None:
         state = self.state
@@ -252,13 +251,13 @@ class Qwen3EncoderDecoderTrainer:
         """Mean loss per target token over the evaluation batches of all ranks, nats, and its perplexity."""
         assert self.eval_dataloader is not None, "a trainer without eval_dataloader cannot evaluate"
         totals = torch.zeros(2, dtype=torch.float64, device=self._device)
-        self.model.eval()
+        self.engine.module.eval()
         with torch.no_grad():
             for batch in self.eval_dataloader:
                 tokens = int((batch["labels"] != -100).sum())
                 totals[0] += self._loss(batch, 1.0).double()  # a filler batch has no targets and adds 0
                 totals[1] += tokens
-        self.model.train()
+        self.engine.module.train()
         if distributed.is_distributed():
             dist.all_reduce(totals)
         loss = (totals[0] / totals[1].clamp(min=1)).item()
@@ -293,8 +292,7 @@ class Qwen3EncoderDecoderTrainer:
         scheduled = self.saving.is_scheduled(step) or bool(self._completion())
         # one that was only asked for has no metrics: it must not become the best, which an undisturbed run lacks
         metrics = self.state.metrics if scheduled else {}
-        parts = self.model, self.optimizer, self.schedule
-        self.saving.save(*parts, step, metrics, state, scheduled=scheduled, goes_on=goes_on)
+        self.saving.save(*self._parts, step, metrics, state, scheduled=scheduled, goes_on=goes_on)
 
     def load_checkpoint(self, path: Path) -> None:
         """Continue from a verified checkpoint folder, at any world size.
@@ -302,11 +300,11 @@ class Qwen3EncoderDecoderTrainer:
         Raises:
             CheckpointError: it does not verify or is of another model.
         """
-        self._restore(self.checkpoints.load(path, self.model, self.optimizer, self.schedule), path)
+        self._restore(self.checkpoints.load(path, *self._parts), path)
 
     def resume(self) -> int | None:
         """Continue from the newest valid checkpoint, if there is one; returns its step."""
-        loaded = self.checkpoints.load_latest(self.model, self.optimizer, self.schedule)
+        loaded = self.checkpoints.load_latest(*self._parts)
         if loaded is None:
             return None
         self._restore(loaded[2], self.checkpoints.output_dir / f"step-{loaded[0]}")
@@ -342,6 +340,11 @@ class Qwen3EncoderDecoderTrainer:
         }
 
     # ---- small facts
+
+    @property
+    def _parts(self) -> tuple[nn.Module, Optimizer, Schedule]:
+        """What checkpoints are made of and fill."""
+        return self.engine.module, self.optimizer, self.schedule
 
     def _step_seed(self) -> int:
         """Generators of this step and rank: nothing random needs saving."""

@@ -76,7 +76,7 @@ def arguments(job: NodeJob, logs: Path) -> list[str]:
     paths = RunPaths(Path(job.run_dir))
     address, _, port = job.endpoint.rpartition(":")
     options = {
-        "config_file": paths.accelerate_config,
+        "config_file": paths.accelerate_config(job.engine),
         "num_machines": job.nodes,
         "machine_rank": job.node_rank,
         "num_processes": job.nodes * job.ranks,

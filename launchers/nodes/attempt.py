@@ -125,6 +125,7 @@ def local_job(run: RunConfig, paths: RunPaths) -> NodeJob:
         rendezvous_id=f"{run.name}.{number}",
         max_restarts=MAX_FRUITLESS_RESTARTS,
         launcher=launcher,
+        engine=run.config.infra.distributed_type,
     )
 
 
@@ -142,4 +143,5 @@ def slurm_job(run: RunConfig, paths: RunPaths, seat: Seat, allocation: Allocatio
         address=seat.address,
         interface=seat.interface,
         launcher=read_launch_options(paths).launcher,
+        engine=run.config.infra.distributed_type,
     )

@@ -27,6 +27,8 @@ class NodeJob:
     interface: str = "lo"
     """Network interface that carries the address."""
     launcher: Launcher = "torchrun"
+    engine: str = "fsdp"
+    """``infra.distributed_type`` of the run."""
 
 
 def network_variables(interface: str) -> dict[str, str]:

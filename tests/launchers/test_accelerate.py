@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from encdec.files import ACCELERATE_CONFIG, RunPaths
+from encdec.files import ACCELERATE_CONFIGS, RunPaths
 from encdec.records import read_json_lines
 from launchers.nodes.accelerated import arguments, torchrun_variables
 from launchers.nodes.parts import NodeJob
@@ -127,7 +127,7 @@ def test_ranks_die_with_their_agent(lab: Lab):
 
 def test_run_without_accelerate_s_configuration_is_refused(lab: Lab, twin: RunPaths):
     """As every run of an installed package is, which has no configs/."""
-    file = twin.code / ACCELERATE_CONFIG
+    file = twin.code / ACCELERATE_CONFIGS["fsdp"]
     content = file.read_bytes()
     file.unlink()
     try:

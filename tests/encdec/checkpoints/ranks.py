@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from encdec.training import sharding
 from encdec.training.config import InfraConfig
+from encdec.training.engines.fsdp2 import shard
 from tests.encdec.checkpoints.damage import Lab
 
 PATIENCE_SECONDS = 120.0
@@ -25,7 +25,7 @@ class ShardedLab(Lab):
     def __init__(self) -> None:
         super().__init__()
         layers = [self.model[0], self.model[2]]
-        sharding.shard(self.model, layers, InfraConfig(device="cpu"), torch.float32)
+        shard(self.model, layers, InfraConfig(device="cpu"), torch.float32)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.1, fused=True)
 
 

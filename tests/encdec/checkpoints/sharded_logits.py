@@ -10,8 +10,8 @@ import torch.distributed as dist
 from encdec.checkpoints import CheckpointManager
 from encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 from encdec.files import RunPaths
-from encdec.training import sharding
 from encdec.training.config import InfraConfig
+from encdec.training.engines.fsdp2 import TorchEngine, shard
 from encdec.weight_initialization import build_from_scratch
 from tests.encdec.checkpoints.damage import Lab
 
@@ -29,9 +29,9 @@ def write_logits(folder: Path) -> None:
     """As one rank of ``run_ranks``: load step 60 of the run that ``folder/run`` links to."""
     run = RunPaths(folder / RUN)
     model = build_from_scratch(Qwen3EncoderDecoderConfig.from_pretrained(run.model), seed=11)
-    sharding.shard(model, model.transformer_layers(), InfraConfig(device="cpu"), torch.float32)
-    sharding.prove_sharding(model, dist.get_world_size())
+    shard(model, model.transformer_layers(), InfraConfig(device="cpu"), torch.float32)
     optimizer = torch.optim.AdamW(model.parameters())
+    TorchEngine(model, optimizer).prove_sharding(dist.get_world_size())
     CheckpointManager(run.checkpoints).load(run.checkpoints / "step-60", model, optimizer, Lab().schedule)
     with torch.no_grad():
         logits = model.eval()(**example(model.config.vocab_size)).logits

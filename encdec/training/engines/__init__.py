@@ -1,0 +1,78 @@
+"""What trains a model on many ranks, behind one interface: FSDP2 or ZeRO-3. The trainer knows nothing else of them."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from encdec.training.config import FullConfig
+from encdec.training.engines.fsdp2 import TorchEngine, shard
+from encdec.training.optimizer import make_optimizer
+
+__all__ = ["Engine", "TorchEngine", "start_engine"]
+
+
+class Engine(Protocol):
+    """A model and its optimizer, spread over the ranks of the default process group.
+
+    A step is, per micro-batch: ``set_sync``, a call of ``module``, ``backward``; then, once: ``local_gradients``, which
+    the caller reads and changes in place, and ``update``.
+    """
+
+    payload: str
+    """Name of what it is saved as (``encdec.checkpoints.payload``)."""
+    module: nn.Module
+    """What is called for the forward pass: the model, or what the engine has put around it."""
+    optimizer: Optimizer
+    """Its ``param_groups`` take the learning rate."""
+    averaged_over: int
+    """Ranks over which the gradients are averaged, not summed."""
+
+    def set_sync(self, last: bool) -> None:
+        """Before each micro-batch: whether it is the step's last one."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Add this micro-batch's gradients; after the last one they are reduced over the ranks, in fp32."""
+
+    def local_gradients(self) -> list[Tensor]:
+        """This rank's parts of the reduced gradients; over all ranks each element occurs once (padding is zero)."""
+
+    def update(self) -> None:
+        """Apply the optimizer to the gradients as they stand now, and drop them."""
+
+    def prove_sharding(self, world_size: int) -> str:
+        """Look at every parameter; one line that says what was found.
+
+        Raises:
+            ShardingError: a parameter is not split over all ``world_size`` ranks.
+        """
+
+
+def start_engine(
+    model: nn.Module,
+    config: FullConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    micro_batch_size: int,
+    accumulation_steps: int,
+) -> Engine:
+    """Spread ``model``, whole and alike on every rank, over the ranks, as ``infra.distributed_type`` says; collective.
+
+    Args:
+        model: has ``transformer_layers()``; on ``device``, fp32.
+        dtype: of the computation; master weights and reductions are fp32.
+        micro_batch_size: samples.
+    """
+    if config.infra.distributed_type == "deepspeed":
+        from encdec.training.engines.zero3 import ZeroEngine  # imports deepspeed, which not every machine has
+
+        return ZeroEngine(
+            model, make_optimizer(model, config), config, device=device, dtype=dtype,
+            micro_batch_size=micro_batch_size, accumulation_steps=accumulation_steps,
+        )  # fmt: skip
+    shard(model, model.transformer_layers(), config.infra, dtype)  # type: ignore[operator]
+    return TorchEngine(model, make_optimizer(model, config))

@@ -1,0 +1,81 @@
+"""FSDP2: torch's own sharding, applied here and then looked at. A plain model in one process works as well.
+
+Launchers can lose the sharding without a word: ``accelerate launch --cpu`` collapses to one process, and Accelerate's
+own FSDP turns into plain data parallelism on CPU. So ``fully_shard`` is called here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.optim import Optimizer
+
+from encdec import distributed
+from encdec.errors import ShardingError
+from encdec.training.config import InfraConfig
+
+
+def shard(model: nn.Module, layers: Iterable[nn.Module], infra: InfraConfig, dtype: torch.dtype) -> DeviceMesh:
+    """FSDP2 over all ranks: each transformer layer is a group, the rest (embedding, final norms) belongs to the root.
+
+    Master weights and reductions are fp32; ``dtype`` is that of the computation.
+    """
+    mesh = init_device_mesh(infra.device, (dist.get_world_size(),), mesh_dim_names=("data",))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    offload = CPUOffloadPolicy() if infra.fsdp_cpu_offload else OffloadPolicy()
+    free_after_forward = infra.fsdp_sharding_strategy == "FULL_SHARD"
+    for layer in layers:
+        fully_shard(
+            layer, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=free_after_forward
+        )
+    fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=free_after_forward)
+    return mesh
+
+
+class TorchEngine:
+    """A model that ``shard`` has sharded, or a plain one in one process."""
+
+    payload = "fsdp2"
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+        self.module, self.optimizer = model, optimizer
+        self.averaged_over = distributed.world_size() if isinstance(model, FSDPModule) else 1
+
+    def set_sync(self, last: bool) -> None:
+        if isinstance(self.module, FSDPModule):
+            self.module.set_requires_gradient_sync(last)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def local_gradients(self) -> list[Tensor]:
+        gradients = (parameter.grad for parameter in self.module.parameters() if parameter.grad is not None)
+        return [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+
+    def update(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def prove_sharding(self, world_size: int) -> str:
+        local = total = 0
+        for name, parameter in self.module.named_parameters():
+            tensor = parameter.data
+            if (
+                not isinstance(tensor, DTensor)
+                or tensor.placements != (Shard(0),)
+                or tensor.device_mesh.size() != world_size
+            ):
+                raise ShardingError(
+                    f"Every parameter must be split over all {world_size} ranks",
+                    found=f"{name}: {getattr(tensor, 'placements', 'a plain tensor')}",
+                    remedy="Let encdec.train shard the model itself; start it with torchrun or accelerate launch",
+                )
+            local += tensor.to_local().numel()
+            total += parameter.numel()
+        return f"FSDP2 over {world_size} ranks: {total:,} parameters, {local:,} on this rank"

@@ -1,0 +1,117 @@
+"""A trainer of the micro model under either engine, to be called in ranks (tests.many_ranks)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from encdec import distributed
+from encdec.checkpoints import CheckpointManager
+from encdec.checkpoints.payload import payload_named
+from encdec.data.collator import UL2DataCollator
+from encdec.data.corpus import open_corpus
+from encdec.data.packing import ensure_packed, open_packed
+from encdec.data.sampler import GlobalBatchSampler
+from encdec.data.ul2_dataset import UL2Dataset, build_dataloader
+from encdec.tokenization_qwen3_encdec import Qwen3EncoderDecoderTokenizer
+from encdec.training.build import build_model
+from encdec.training.engines import start_engine
+from encdec.training.run_config import RunConfig, divide_global_batch, resolve_run
+from encdec.training.trainer import Qwen3EncoderDecoderTrainer
+from tests.conftest import MICRO
+
+GLOBAL_BATCH = 24
+"""Samples; 1, 2, 3, 4 and 8 ranks divide it."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """What all trainers share: tokenizer and packed text, in a folder."""
+
+    folder: Path
+
+    @classmethod
+    def make(cls, folder: Path) -> Made:
+        corpus = open_corpus("python-stdlib", max_examples=30)
+        tokenizer = Qwen3EncoderDecoderTokenizer.train_from_texts(corpus.documents(), 512, 16)
+        tokenizer.save_pretrained(folder / "tokenizer")
+        run = resolve_run(None, config_file=MICRO)
+        ensure_packed(corpus, tokenizer, folder / "packed", sample_length=run.sample_length, validation_fraction=0.1)
+        return cls(folder)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One training: ``call`` it in every rank."""
+
+    made: Made
+    engine: str
+    """infra.distributed_type"""
+    root: Path
+    """Of checkpoints and of ``losses.json``."""
+    steps: int
+    """Step at which it ends, with a checkpoint."""
+    start: Path | None = None
+    """Checkpoint to continue from; it is saved again at once, under ``root``."""
+    settings: list[str] = field(default_factory=list)
+
+    def __call__(self) -> None:
+        trainer, observer = self.trainer(), Losses()
+        trainer.observers = [observer]
+        if self.start:
+            trainer.load_checkpoint(self.start)
+            trainer.save()
+        trainer.train()
+        if distributed.rank() == 0:
+            (self.root / "losses.json").write_text(json.dumps(observer.losses))
+
+    def run(self) -> RunConfig:
+        settings = [
+            f"training.num_train_steps={self.steps}", "training.warmup_steps=0", "training.learning_rate=1e-3",
+            "training.lr_scheduler_type=constant", f"training.global_batch_size={GLOBAL_BATCH}",
+            "training.save_steps=1000", f"infra.distributed_type={self.engine}", *self.settings,
+        ]  # fmt: skip
+        return resolve_run(None, config_file=MICRO, settings=settings, ranks_per_node=distributed.world_size())
+
+    def trainer(self, dtype: torch.dtype = torch.float32) -> Qwen3EncoderDecoderTrainer:
+        run = self.run()
+        rank, world = distributed.rank(), distributed.world_size()
+        tokenizer = Qwen3EncoderDecoderTokenizer.from_pretrained(str(self.made.folder / "tokenizer"))
+        micro, accumulation = divide_global_batch(GLOBAL_BATCH, run.config.training.per_device_train_batch_size, world)
+        engine = start_engine(
+            build_model(run.config, tokenizer), run.config, device=torch.device("cpu"), dtype=dtype,
+            micro_batch_size=micro, accumulation_steps=accumulation,
+        )  # fmt: skip
+        engine.prove_sharding(world)
+        dataset = UL2Dataset(open_packed(self.made.folder / "packed", "train"))
+        collator = UL2DataCollator(tokenizer, 64, 64, seed=42)
+        loader = build_dataloader(
+            dataset, collator, GlobalBatchSampler(len(dataset), GLOBAL_BATCH, micro, rank, world, 42)
+        )
+        return Qwen3EncoderDecoderTrainer(
+            engine.module, tokenizer, run.config, loader, engine=engine, sample_length=run.sample_length,
+            checkpoints=CheckpointManager(self.root, payload=payload_named(engine.payload)),
+        )  # fmt: skip
+
+    @property
+    def losses(self) -> dict[int, float]:
+        return {int(step): loss for step, loss in json.loads((self.root / "losses.json").read_text()).items()}
+
+
+class Losses:
+    """Keeps the losses by step."""
+
+    def __init__(self) -> None:
+        self.losses: dict[int, float] = {}
+
+    def on_step(self, record: Any, moving_loss: float) -> None:
+        self.losses[record.step] = record.loss
+
+    def on_evaluation(self, step: int, metrics: Any) -> None: ...
+    def on_save(self, saved: Any) -> None: ...
+    def on_save_failed(self, step: int, reason: str, last: str | None) -> None: ...
+    def close(self) -> None: ...

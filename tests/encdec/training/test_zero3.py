@@ -1,0 +1,220 @@
+"""ZeRO-3 computes what FSDP2 computes; its checkpoints go on at any number of ranks, and under either engine."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from encdec import distributed
+from encdec.checkpoints import logical_digest
+from encdec.checkpoints.manifest import read_manifest, verify
+from encdec.checkpoints.partitions import Partitions
+from encdec.checkpoints.zero3 import ZeroSnapshot
+from encdec.errors import CheckpointError, ShardingError
+from tests.encdec.training.engine_lab import Made, Scene
+from tests.many_ranks import in_ranks
+
+CHECKPOINTING = "infra.fsdp_activation_checkpointing=true"
+SAVED, END = 10, 30
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return Made.make(tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture(scope="module")
+def whole(made: Made, tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    """Four ranks, accumulating, 30 steps, saved at 10 and 20, too."""
+    root = tmp_path_factory.mktemp("whole")
+    scene = Scene(made, "deepspeed", root, END, settings=[f"training.save_steps={SAVED}", CHECKPOINTING])
+    in_ranks(4, scene)
+    return scene
+
+
+@pytest.fixture(scope="module")
+def saved(whole: Scene) -> Path:
+    return whole.root / f"step-{SAVED}"
+
+
+def farthest(scene: Scene, whole: Scene) -> float:
+    """Largest difference of losses, nats, over the steps that ``scene`` did."""
+    assert list(scene.losses) == list(range(1 if scene.start is None else SAVED + 1, scene.steps + 1))
+    return max(abs(loss - whole.losses[step]) for step, loss in scene.losses.items())
+
+
+def test_losses_are_fsdp2_s(made: Made, whole: Scene, tmp_path: Path):
+    scene = Scene(made, "fsdp", tmp_path, END, settings=["training.per_device_train_batch_size=3"])
+    in_ranks(2, scene)
+    assert farthest(scene, whole) < 1e-5
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
+def test_checkpoint_of_four_ranks_goes_on_at_any_number(made: Made, whole: Scene, saved: Path, tmp_path: Path, ranks):
+    scene = Scene(made, "deepspeed", tmp_path, END, saved)
+    in_ranks(ranks, scene)
+    assert logical_digest(tmp_path / saved.name) == logical_digest(saved)
+    assert read_manifest(tmp_path / saved.name).world_size == ranks
+    assert farthest(scene, whole) < 1e-5
+    if ranks == 3:
+        require_zero_padding(Partitions(tmp_path / saved.name / "zero3"))
+    if ranks == 4:
+        assert scene.losses == {step: loss for step, loss in whole.losses.items() if step > SAVED}
+        assert logical_digest(tmp_path / f"step-{END}") == logical_digest(whole.root / f"step-{END}")
+
+
+def require_zero_padding(stored: Partitions) -> None:
+    """Memory as it was found belongs in no checkpoint."""
+    padded = [place for place in stored.places.values() if place.numel % stored.world_size]
+    assert padded
+    for place in padded:
+        for rank in range(stored.world_size):
+            part = stored.shard(rank).weights[place.group][place.offset :][: place.length]
+            assert not part[place.held_by(rank) :].any()
+
+
+def test_either_engine_goes_on_from_the_other_s_checkpoint(made: Made, whole: Scene, saved: Path, tmp_path: Path):
+    digest = logical_digest(saved)
+    there = Scene(made, "fsdp", tmp_path / "there", END, saved)
+    in_ranks(3, there)
+    assert read_manifest(there.root / saved.name).sharding == "fsdp2"
+    assert logical_digest(there.root / saved.name) == digest
+    assert farthest(there, whole) < 1e-5
+    back = Scene(made, "deepspeed", tmp_path / "back", SAVED + 5, there.root / saved.name)
+    in_ranks(2, back)
+    assert logical_digest(back.root / saved.name) == digest
+    assert farthest(back, whole) < 1e-5
+
+
+KNOBS = {
+    "zero_optimization": {
+        "stage": 3, "sub_group_size": 4000, "stage3_param_persistence_threshold": 100, "reduce_bucket_size": 5e3,
+        "reduce_scatter": False,
+    },
+    "bf16": {"enabled": "auto"}, "train_micro_batch_size_per_gpu": "auto", "gradient_clipping": 1.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("offload", [False, True], ids=["knobs", "knobs and offload"])
+def test_how_zero_works_changes_no_result(made: Made, whole: Scene, saved: Path, tmp_path: Path, offload: bool):
+    (tmp_path / "ds.json").write_text(json.dumps(KNOBS))
+    settings = [f"infra.deepspeed_config={tmp_path / 'ds.json'}", f"infra.fsdp_cpu_offload={offload}"]
+    scene = Scene(made, "deepspeed", tmp_path / "run", SAVED + 8, saved, settings)
+    in_ranks(2, scene)
+    assert logical_digest(scene.root / saved.name) == logical_digest(saved)
+    assert farthest(scene, whole) < 1e-5
+
+
+def test_deepspeed_s_own_tool_reads_the_payload(saved: Path, tmp_path: Path):
+    command = [sys.executable, "-m", "deepspeed.utils.zero_to_fp32", str(saved / "zero3"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    theirs = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
+    ours = Partitions(saved / "zero3")
+    assert len(theirs) == len(ours.parameters) > 20  # the tied embedding once
+    for name, value in theirs.items():
+        assert torch.equal(value, ours.read(f"model.{name}")), name
+
+
+def test_payload_is_hashed_and_private(saved: Path):
+    manifest = verify(saved)
+    assert (manifest.sharding, manifest.world_size, manifest.step) == ("zero3", 4, SAVED)
+    names = {record.path for record in manifest.files}
+    assert "zero3/latest" in names and sum(name.endswith("_optim_states.pt") for name in names) == 4
+    assert not any(path.stat().st_mode & 0o077 for path in saved.rglob("*") if path.is_file())
+
+
+class Canary:
+    """Unpickled, it would make a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("kind", ["model", "optim"])
+def test_pickle_that_would_execute_is_refused_even_if_its_digest_is_right(saved: Path, tmp_path: Path, kind: str):
+    shutil.copytree(saved / "zero3", tmp_path / "zero3")
+    [path, *_] = sorted((tmp_path / "zero3" / "state").glob(f"*_{kind}_states.pt"))
+    values = torch.load(path, weights_only=False)
+    torch.save({**values, "canary": Canary(tmp_path / "sang")}, path)
+    assert pickle.loads(pickle.dumps(Canary(tmp_path / "proof"))) is None and (tmp_path / "proof").exists()
+    with pytest.raises(CheckpointError, match=r"posix\.mkdir, which a checkpoint has no use for"):
+        assert Partitions(tmp_path / "zero3").names
+    assert not (tmp_path / "sang").exists()
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "another"])
+def test_payload_that_is_not_whole_is_named(saved: Path, tmp_path: Path, damage: str):
+    shutil.copytree(saved / "zero3", tmp_path / "zero3")
+    path = next((tmp_path / "zero3" / "state").glob("*rank_2_*_optim_states.pt"))
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:1000] if damage == "truncated" else pickle.dumps({}))
+    with pytest.raises(CheckpointError, match=r"ZeRO-3 checkpoint must have|DeepSpeed's state at"):
+        assert Partitions(tmp_path / "zero3").names
+
+
+def test_storage_that_takes_no_more_is_an_os_error(tmp_path: Path):
+    snapshot = ZeroSnapshot({"a.pt": {"weights": torch.zeros(100_000)}})
+    assert snapshot.nbytes == 400_000
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            snapshot.write(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_checkpoint_of_another_model_is_refused(made: Made, saved: Path, tmp_path: Path):
+    other = Scene(made, "deepspeed", tmp_path, END, saved, ["model.from_scratch.num_hidden_layers=2"])
+    with pytest.raises(torch.multiprocessing.ProcessRaisedException, match="must have the parameters of this model"):
+        in_ranks(1, other)
+
+
+def test_bfloat16_keeps_positions_masters_and_reductions_in_fp32(made: Made, tmp_path: Path):
+    in_ranks(2, look_at_bfloat16, Scene(made, "deepspeed", tmp_path, 2))
+
+
+def look_at_bfloat16(scene: Scene) -> None:
+    trainer = scene.trainer(dtype=torch.bfloat16)
+    model = trainer.engine.module.module
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    frequencies = model.encoder.rotary_emb.inv_freq
+    half = torch.arange(0, 16, 2) / 16
+    assert torch.equal(frequencies, 1.0 / (model.config.rope_parameters["rope_theta"] ** half))
+    assert {flat.dtype for flat in trainer.optimizer.fp32_partitioned_groups_flat} == {torch.float32}
+    trainer._forward_backward()
+    assert {gradient.dtype for gradient in trainer.engine.local_gradients()} == {torch.float32}
+    assert math.isfinite(trainer.train().last_loss)
+
+
+def test_sharding_is_proved(made: Made, tmp_path: Path):
+    in_ranks(2, look_at_sharding, Scene(made, "deepspeed", tmp_path, 2))
+
+
+def look_at_sharding(scene: Scene) -> None:
+    import deepspeed
+
+    engine = scene.trainer().engine
+    assert engine.prove_sharding(2) == "ZeRO-3 over 2 ranks: 35,072 parameters, 17,536 on this rank"
+    with pytest.raises(ShardingError, match="all 3 ranks by ZeRO-3, found ZeRO stage 3 over 2 ranks"):
+        engine.prove_sharding(3)
+    weight = engine.module.module.shared.weight
+    with deepspeed.zero.GatheredParameters(weight), pytest.raises(ShardingError, match="elements held beside its part"):
+        engine.prove_sharding(2)
+    assert distributed.world_size() == 2
