@@ -183,9 +183,7 @@ class CheckpointManager:
             OSError: ENOSPC, with what is needed, by the last checkpoint or by the model's size, and what is there.
         """
         infos = catalog.committed(self.output_dir)
-        # under ZeRO-3 a parameter is empty but for its moments of use
-        parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
-        expected = infos[-1].bytes if infos else BYTES_PER_PARAMETER * parameters
+        expected = infos[-1].bytes if infos else bytes_of_first(model)
         space.require_room(self.output_dir, expected, distributed.world_size())
 
     # ---- find
@@ -322,6 +320,13 @@ class CheckpointManager:
         infos = self.list_checkpoints()
         for line in catalog.lines(infos, self._best(infos)) or [f"no checkpoints in {self.output_dir}"]:
             print(line)
+
+
+def bytes_of_first(model: nn.Module) -> int:
+    """About what the first checkpoint of a model comes to; under ZeRO-3 its parameters are empty while not in use."""
+    return BYTES_PER_PARAMETER * sum(
+        getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters()
+    )
 
 
 def read_trainer_state(folder: Path) -> dict[str, Any]:
