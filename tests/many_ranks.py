@@ -11,7 +11,16 @@ from typing import Any
 
 import torch.multiprocessing
 
-PRELOADED = ["transformers.models.qwen3.modeling_qwen3", "encdec.training.rank", "encdec.training.engines.zero3"]
+PRELOADED = [
+    "transformers.models.qwen3.modeling_qwen3", "encdec.train", "encdec.training.rank", "encdec.training.engines.zero3",
+    "deepspeed", "tests.encdec.checkpoints.ranks", "tests.encdec.training.engine_lab", __name__,
+]  # fmt: skip
+
+
+def use_one_server() -> None:
+    """One forkserver for all tests: the first to ask decides what it has loaded."""
+    os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed looks for it when it is imported, in the server
+    multiprocessing.set_forkserver_preload(PRELOADED)
 
 
 def in_ranks(world_size: int, function: Callable[..., None], *arguments: Any) -> None:
@@ -20,8 +29,7 @@ def in_ranks(world_size: int, function: Callable[..., None], *arguments: Any) ->
     Args:
         function: at the top of a module.
     """
-    os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed looks for it when it is imported, in the server
-    multiprocessing.set_forkserver_preload([*PRELOADED, "deepspeed", __name__, function.__module__])
+    use_one_server()
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.start_processes(
             _rank, (world_size, folder, function, arguments), nprocs=world_size, start_method="forkserver"

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from encdec.training.config import InfraConfig
 from encdec.training.engines.fsdp2 import shard
 from tests.encdec.checkpoints.damage import Lab
+from tests.many_ranks import use_one_server
 
 PATIENCE_SECONDS = 120.0
 
@@ -31,8 +32,8 @@ class ShardedLab(Lab):
 
 def run_ranks(work: Callable[[Path], None], folder: Path, count: int = 2) -> list[int | None]:
     """Run ``work(folder)`` in ``count`` ranks; their exit codes, None for one that had to be ended."""
+    use_one_server()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["encdec.train", __name__])  # once for all tests: the first to ask decides
     store = folder / f"store-{work.__name__}"
     ranks: list[BaseProcess] = [
         context.Process(target=_rank, args=(work, folder, store, rank, count)) for rank in range(count)
