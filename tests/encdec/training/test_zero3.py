@@ -14,13 +14,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForSeq2SeqLM
 
 from encdec import distributed
-from encdec.checkpoints import logical_digest
+from encdec.checkpoints import __main__ as command
+from encdec.checkpoints import averaging, logical_digest
+from encdec.checkpoints.manager import bytes_of_first
 from encdec.checkpoints.manifest import read_manifest, verify
+from encdec.checkpoints.model_files import keep_model_files
 from encdec.checkpoints.partitions import Partitions
+from encdec.checkpoints.payload import open_weights
+from encdec.checkpoints.weights import Piece
 from encdec.checkpoints.zero3 import ZeroSnapshot
 from encdec.errors import CheckpointError, ShardingError
+from encdec.tokenization_qwen3_encdec import Qwen3EncoderDecoderTokenizer
+from encdec.training.build import build_model
 from tests.encdec.training.engine_lab import Made, Scene
 from tests.many_ranks import in_ranks
 
@@ -126,6 +134,75 @@ def test_deepspeed_s_own_tool_reads_the_payload(saved: Path, tmp_path: Path):
         assert torch.equal(value, ours.read(f"model.{name}")), name
 
 
+def test_average_is_the_arithmetic_mean_and_either_engine_s(made: Made, whole: Scene, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(averaging, "WHOLE_BYTES", 0)  # every tensor in its pieces
+    assert command.main(["average", str(whole.root), str(tmp_path / "mean")]) == 0
+    manifest = verify(tmp_path / "mean")
+    assert (manifest.sharding, list(manifest.made_of)) == ("fsdp2", ["step-10", "step-20", "step-30"])
+    sources = [Partitions(whole.root / f"step-{step}" / "zero3") for step in (10, 20, 30)]
+    found = open_weights(tmp_path / "mean", manifest)
+    assert found.tensors.keys() == sources[0].parameters.keys()
+    for name in found.tensors:
+        expected = torch.stack([source.read(f"model.{name}").double() for source in sources]).mean(0).float()
+        assert torch.equal(found.read(name), expected), name
+    on = Scene(made, "deepspeed", tmp_path / "on", END + 3, tmp_path / "mean")
+    in_ranks(2, on)  # with a fresh optimizer state
+    assert list(on.losses) == [31, 32, 33] and all(map(math.isfinite, on.losses.values()))
+    again = open_weights(on.root / f"step-{END}", verify(on.root / f"step-{END}"))
+    assert all(torch.equal(again.read(name), found.read(name)) for name in found.tensors)
+
+
+def test_pieces_make_up_the_tensor(saved: Path):
+    weights, stored = open_weights(saved, verify(saved)), Partitions(saved / "zero3")
+    counts = set()
+    for name in weights.tensors:
+        pieces = weights.pieces(name)
+        counts.add(len(pieces))
+        whole = stored.read(f"model.{name}")
+        assert torch.equal(torch.cat([weights.read(name, piece) for piece in pieces]), whole), name
+    assert max(counts) == 4  # the ranks that wrote it
+    box = weights.read("shared.weight", Piece((3, 2), (7, 5)))
+    assert torch.equal(box, stored.read("model.shared.weight")[3:10, 2:7])
+
+
+def test_export_is_what_from_pretrained_loads(made: Made, saved: Path, tmp_path: Path):
+    tokenizer = Qwen3EncoderDecoderTokenizer.from_pretrained(str(made.folder / "tokenizer"))
+    config = Scene(made, "deepspeed", tmp_path, END).run().config
+    keep_model_files(build_model(config, tokenizer), tokenizer, tmp_path / "files")
+    arguments = ["export", str(saved), str(tmp_path / "hf"), "--files-from", str(tmp_path / "files")]
+    assert command.main(arguments) == 0
+    model, stored = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "hf"), Partitions(saved / "zero3")
+    parameters = dict(model.named_parameters())
+    assert parameters.keys() == stored.places.keys()
+    for name, parameter in parameters.items():
+        assert torch.equal(parameter, stored.read(f"model.{name}")), name
+
+
+def test_snapshot_does_not_change_while_training_goes_on(made: Made, tmp_path: Path):
+    in_ranks(2, write_twice, Scene(made, "deepspeed", tmp_path, 9))
+    files = [path.relative_to(tmp_path / "at once") for path in (tmp_path / "at once").rglob("*") if path.is_file()]
+    assert len(files) == 5
+    for file in files:
+        assert (tmp_path / "at once" / file).read_bytes() == (tmp_path / "later" / file).read_bytes(), file
+    newer = Partitions(tmp_path / "newer")
+    assert not torch.equal(
+        newer.read("model.shared.weight"), Partitions(tmp_path / "later").read("model.shared.weight")
+    )
+
+
+def write_twice(scene: Scene) -> None:
+    trainer = scene.trainer()
+    payload, parts = trainer.checkpoints.payload, (trainer.engine.module, trainer.optimizer)
+    for name in ("at once", "later", "newer"):
+        (scene.root / name).mkdir(exist_ok=True)
+    trainer._step()
+    snapshot = payload.snapshot(*parts)
+    snapshot.write(scene.root / "at once")
+    trainer._step()
+    snapshot.write(scene.root / "later")
+    payload.snapshot(*parts).write(scene.root / "newer")
+
+
 def test_payload_is_hashed_and_private(saved: Path):
     manifest = verify(saved)
     assert (manifest.sharding, manifest.world_size, manifest.step) == ("zero3", 4, SAVED)
@@ -212,6 +289,7 @@ def look_at_sharding(scene: Scene) -> None:
 
     engine = scene.trainer().engine
     assert engine.prove_sharding(2) == "ZeRO-3 over 2 ranks: 35,072 parameters, 17,536 on this rank"
+    assert bytes_of_first(engine.module) == 35_072 * 12
     with pytest.raises(ShardingError, match="all 3 ranks by ZeRO-3, found ZeRO stage 3 over 2 ranks"):
         engine.prove_sharding(3)
     weight = engine.module.module.shared.weight
