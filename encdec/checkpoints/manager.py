@@ -123,9 +123,12 @@ class CheckpointManager:
             snapshot=self.payload.snapshot(model, optimizer),
         )
         if blocking:
-            self._commit(draft, None)
+            self._committer.commit(draft)
+            self._prune(step, None)
         else:
-            self._flight = Flight(step, began, lambda: self._commit(draft, group))
+            self._flight = Flight(
+                step, began, lambda: self._committer.commit(draft, group), lambda: self._prune(step, group)
+            )
         return f"step-{step}"
 
     def _background_group(self) -> Group:
@@ -134,14 +137,13 @@ class CheckpointManager:
             self._background, self._background_made = distributed.background_group(), True
         return self._background
 
-    def _commit(self, draft: Draft, group: Group) -> None:
-        self._committer.commit(draft, group)
-        distributed.on_rank_zero(lambda: self._prune(draft.step), group)
+    def _prune(self, committed_step: int, group: Group) -> None:
+        def prune() -> None:
+            infos = self.list_checkpoints()
+            for info in self.retention.spare(infos, self._best(infos), committed_step):
+                folders.retire(self.output_dir / info.checkpoint_id)
 
-    def _prune(self, committed_step: int) -> None:
-        infos = self.list_checkpoints()
-        for info in self.retention.spare(infos, self._best(infos), committed_step):
-            folders.retire(self.output_dir / info.checkpoint_id)
+        distributed.on_rank_zero(prune, group)
 
     @property
     def flying(self) -> Flight | None:
