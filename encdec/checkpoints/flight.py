@@ -23,17 +23,18 @@ class Saved:
 
 
 class Flight:
-    """Runs ``work`` in a thread and keeps its error.
+    """Runs ``commit`` in a thread and keeps its error.
 
     Args:
         step: whose checkpoint this is.
         began: ``time.perf_counter()`` at the call that asked for it.
-        work: commits it. Never touches the default process group, which is the training loop's.
+        commit: commits it. Never touches the default process group, which is the training loop's.
+        tidy: what is left to do once it is committed; the same holds.
     """
 
-    def __init__(self, step: int, began: float, work: Callable[[], None]) -> None:
+    def __init__(self, step: int, began: float, commit: Callable[[], None], tidy: Callable[[], None]) -> None:
         self.step = step
-        self._began, self._work = began, work
+        self._began, self._commit, self._tidy = began, commit, tidy
         self._error: BaseException | None = None
         self._ended = 0.0
         self._thread = threading.Thread(target=self._run, name=f"checkpoint-{step}", daemon=True)
@@ -42,10 +43,11 @@ class Flight:
 
     def _run(self) -> None:
         try:
-            self._work()
+            self._commit()
+            self._ended = time.perf_counter()
+            self._tidy()
         except BaseException as error:  # it is raised where training waits for it
             self._error = error
-        self._ended = time.perf_counter()
 
     @property
     def writing(self) -> bool:
@@ -63,11 +65,12 @@ class Flight:
             TimeoutError: it did not end within ``timeout`` seconds.
             OSError, EncdecError: it failed, on every rank; anything else is this rank's own crash.
         """
-        waited_from = time.perf_counter()
+        waits_from = time.perf_counter()
         self._thread.join(timeout)
+        waited = time.perf_counter() - waits_from
         if self.writing:
             raise TimeoutError(f"checkpoint step-{self.step} is still being written")
         if self._error is not None:
             raise self._error
-        waited = max(0.0, self._ended - waited_from)
-        return Saved(self.step, f"step-{self.step}", self._ended - self._began, self._blocking_seconds + waited)
+        seconds = self._ended - self._began
+        return Saved(self.step, f"step-{self.step}", seconds, min(seconds, self._blocking_seconds + waited))

@@ -20,11 +20,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from encdec import files
 from encdec.checkpoints.dcp_index import PayloadReader, plain_error
 from encdec.checkpoints.fsdp2_tensors import DcpTensors, Fsdp2Weights
-from encdec.checkpoints.image import Chunk, Entry, Image, index_of, write_hashed
-from encdec.checkpoints.manifest import FileRecord, unreadable
+from encdec.checkpoints.image import Chunk, Entry, Image, index_of
+from encdec.checkpoints.manifest import FileRecord, unreadable, write_hashed
 from encdec.checkpoints.stored import StoredTensors, feed, persistent_buffers, require_same_model, split
 from encdec.checkpoints.weights import PREFIX
 from encdec.distributed import Group, gather, is_distributed, rank
@@ -147,7 +146,6 @@ class Fsdp2Snapshot:
         records = [self._image.write(folder)] if self._image.entries else []
         if rank() == 0:
             records.append(write_hashed(folder / METADATA, memoryview(index)))
-        files.fsync_directory(folder)
         return records
 
 

@@ -123,9 +123,12 @@ class CheckpointManager:
             snapshot=self.payload.snapshot(model, optimizer),
         )
         if blocking:
-            self._commit(draft, None)
+            self._committer.commit(draft)
+            self._tidy(step, None)
         else:
-            self._flight = Flight(step, began, lambda: self._commit(draft, group))
+            self._flight = Flight(
+                step, began, lambda: self._committer.commit(draft, group), lambda: self._tidy(step, group)
+            )
         return f"step-{step}"
 
     def _background_group(self) -> Group:
@@ -134,9 +137,8 @@ class CheckpointManager:
             self._background, self._background_made = distributed.background_group(), True
         return self._background
 
-    def _commit(self, draft: Draft, group: Group) -> None:
-        self._committer.commit(draft, group)
-        distributed.on_rank_zero(lambda: self._after_commit(draft.step), group)
+    def _tidy(self, step: int, group: Group) -> None:
+        distributed.on_rank_zero(lambda: self._after_commit(step), group)
 
     def _after_commit(self, step: int) -> None:
         """On rank 0, in whichever thread made ``step-<step>`` a checkpoint."""
