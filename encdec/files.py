@@ -11,7 +11,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,16 @@ def fsync_file(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def fsync_together(paths: Sequence[Path]) -> None:
+    """Make files and folders durable at the same time: a journal takes them in one turn instead of one each.
+
+    Raises:
+        OSError: one of them could not be.
+    """
+    with ThreadPoolExecutor(max_workers=max(1, len(paths))) as pool:
+        list(pool.map(lambda path: fsync_directory(path) if path.is_dir() else fsync_file(path), paths))
 
 
 def fsync_tree(path: Path) -> None:

@@ -1,8 +1,8 @@
 """From a snapshot to a committed checkpoint.
 
-A save goes to ``step-<k>.tmp-<attempt>``; every rank writes, hashes and syncs its own files; rank 0 writes the
-manifest, renames the folder and syncs the parent. A kill at any point leaves the previous checkpoint as the
-newest valid one.
+A save goes to ``step-<k>.tmp-<attempt>``; every rank writes and hashes its own files; rank 0 writes the manifest;
+every rank syncs its own files; rank 0 renames the folder and syncs the parent. A kill at any point leaves the previous
+checkpoint as the newest valid one.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ import torch
 
 from encdec import distributed, files
 from encdec.checkpoints import folders, space
-from encdec.checkpoints.image import write_hashed
 from encdec.checkpoints.manifest import (
+    MANIFEST,
     TRAINER_STATE,
     FileRecord,
     Manifest,
     verify_names,
+    write_hashed,
     write_manifest,
 )
 from encdec.checkpoints.payload import Snapshot
@@ -101,6 +102,8 @@ class Committer:
             time=time.time(),
             files=sorted((record for part in parts for record in part), key=lambda record: record.path),
         )
+        own = [temporary / record.path for record in parts[distributed.rank()]]
+        distributed.together(lambda: self._seal(temporary, own, manifest), group)
         distributed.on_rank_zero(lambda: self._rename(temporary, manifest), group)
 
     @staticmethod
@@ -112,9 +115,17 @@ class Committer:
             records.append(write_hashed(temporary / TRAINER_STATE, memoryview(draft.state.encode())))
         return records
 
+    @staticmethod
+    def _seal(temporary: Path, own: list[Path], manifest: Manifest) -> None:
+        """Make this rank's files and their names durable; on rank 0 also the manifest."""
+        if distributed.rank() == 0:
+            write_manifest(temporary, manifest)
+            own = [*own, temporary / MANIFEST]
+        above = {folder for path in own for folder in path.parents if folder.is_relative_to(temporary)}
+        files.fsync_together([*own, *above])
+
     def _rename(self, temporary: Path, manifest: Manifest) -> None:
         final = self.root / f"step-{manifest.step}"
-        write_manifest(temporary, manifest)
         verify_names(temporary, manifest)
         self.fence()
         # the same step again: with metrics that were still owed, or after a resume from further back

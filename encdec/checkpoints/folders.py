@@ -71,6 +71,16 @@ def delete(folder: Path) -> None:
         log.warning("cannot delete %s: %s", folder, error)
 
 
+def retire(folder: Path) -> None:
+    """Remove a checkpoint that is not needed; as with ``delete``, storage that objects keeps it."""
+    try:
+        aside = set_aside(folder, "deleted")
+    except OSError as error:
+        log.warning("cannot delete %s: %s", folder, error)
+    else:
+        delete(aside)
+
+
 def discard_unfinished(root: Path) -> None:
     """Delete what killed saves left under ``root``, but put back a whole checkpoint that one had set aside.
 

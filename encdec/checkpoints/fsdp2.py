@@ -22,9 +22,8 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from encdec import files
-from encdec.checkpoints.image import Chunk, Entry, Image, index_of, write_hashed
-from encdec.checkpoints.manifest import FileRecord, reading, unreadable
+from encdec.checkpoints.image import Chunk, Entry, Image, index_of
+from encdec.checkpoints.manifest import FileRecord, reading, unreadable, write_hashed
 from encdec.distributed import Group, gather, is_distributed, rank
 from encdec.errors import CheckpointError
 
@@ -126,7 +125,6 @@ class Fsdp2Snapshot:
         records = [self._image.write(folder)] if self._image.entries else []
         if rank() == 0:
             records.append(write_hashed(folder / METADATA, memoryview(index)))
-        files.fsync_directory(folder)
         return records
 
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import torch
-from blake3 import blake3
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.metadata import (
@@ -29,12 +28,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from encdec.checkpoints.manifest import FileRecord
+from encdec.checkpoints.manifest import FileRecord, write_hashed
 
 ALIGNMENT = 64
 """Bytes to which torch.save aligns a storage within its slice; slices start aligned, so every tensor is."""
-PIECE_BYTES = 4 * 2**20
-"""Hashed and written at a time: small enough to be in the processor's cache for the second of the two."""
 
 
 @dataclass(frozen=True)
@@ -108,36 +105,12 @@ class Image:
             torch.cuda.current_stream().synchronize()
 
     def write(self, folder: Path) -> FileRecord:
-        """Write and sync the file, hashing on the way.
+        """Write the file, hashing on the way.
 
         Raises:
             OSError: storage took no more; names the file.
         """
         return write_hashed(folder / self.file, self.content)
-
-
-def write_hashed(path: Path, content: memoryview) -> FileRecord:
-    """Write a new file that only its owner can read, sync it, and return its record under its bare name.
-
-    Raises:
-        OSError: names the file.
-    """
-    hasher = blake3()
-    try:
-        with open(path, "xb", buffering=0, opener=_private) as stream:
-            for start in range(0, len(content), PIECE_BYTES):
-                piece = content[start : start + PIECE_BYTES]
-                hasher.update(piece)
-                while piece:  # a disk that fills up takes a part, and refuses at the next try
-                    piece = piece[stream.write(piece) :]
-            os.fsync(stream.fileno())
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    return FileRecord(path.name, len(content), hasher.hexdigest())
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
 
 
 @functools.cache

@@ -141,7 +141,7 @@ class CheckpointManager:
     def _prune(self, committed_step: int) -> None:
         infos = [info for info in self.list_checkpoints() if self._is_own(info)]
         for info in self.retention.spare(infos, self._best(infos), committed_step):
-            folders.delete(folders.set_aside(self.output_dir / info.checkpoint_id, "deleted"))
+            folders.retire(self.output_dir / info.checkpoint_id)
 
     @property
     def flying(self) -> Flight | None:

@@ -31,7 +31,7 @@ class Snapshot(Protocol):
         """About what ``write`` writes on this rank, bytes."""
 
     def write(self, folder: Path, group: Group = None) -> list[FileRecord]:
-        """Write this rank's files into the empty ``folder`` and sync them; collective over ``group``.
+        """Write this rank's files into the empty ``folder``; collective over ``group``. The caller syncs them.
 
         Returns the records of the files that this rank wrote, by paths relative to ``folder``; over all ranks they are
         all files there. The files are readable by their owner alone. Called from any thread; uses no other group.

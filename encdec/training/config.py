@@ -185,7 +185,7 @@ class TrainingConfig(Section):
     save_every: Literal["steps", "auto"] = "steps"
     """auto: between those of ``save_steps``, also whenever the optimum (Daly) for what a save costs has passed."""
     async_save: bool = True
-    """Write scheduled checkpoints while training goes on; only the copy to host memory blocks it."""
+    """Write scheduled checkpoints while training goes on; only the copy to host memory (it must have room) blocks."""
     on_save_failure: Literal["continue", "stop"] = "continue"
     """When storage takes no checkpoint: train on if there is an earlier one. The last save of a run always stops it."""
     save_total_limit: PositiveInt = 5

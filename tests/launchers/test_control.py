@@ -87,15 +87,22 @@ def test_cancel_now_kills_the_tasks_before_the_job(running: Story, runs: Path, s
     assert "from its newest checkpoint the same submit command continues it" in capsys.readouterr().out
 
 
-def test_save_longer_than_slurm_waits_is_left_to_the_request(running: Story, runs: Path, slurm: Play, capsys):
+@pytest.mark.parametrize(
+    ("facts", "stop"),
+    [('"seconds": 40.0', 80), ('"seconds": 40.0, "blocking_seconds": 1.0', 120)],
+    ids=["written and read back", "another may be on its way in the background"],
+)
+def test_save_longer_than_slurm_waits_is_left_to_the_request(
+    running: Story, runs: Path, slurm: Play, capsys, facts: str, stop: int
+):
     with (running.newest.events("rank-0")).open("w") as ledger:
-        ledger.write('{"event": "saved", "seconds": 40.0}\n')
+        ledger.write(f'{{"event": "saved", {facts}}}\n')
     running.runs_in("12", "13")
     listed(slurm, RUNNING + "13|PENDING|Dependency|N/A\n")
     assert run(cancel, runs, "medium") == 0
     assert slurm.calls("scancel") == ["13"]
     words = capsys.readouterr().out
-    assert "a stop took up to 80 s so far, and Slurm kills a cancelled job after 30 s" in words
+    assert f"a stop took up to {stop} s so far, and Slurm kills a cancelled job after 30 s" in words
     assert running.paths.stop_request.exists()
 
 

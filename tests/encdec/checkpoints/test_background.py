@@ -280,12 +280,7 @@ def die_before_the_manifest() -> None:
 
 
 def die_before_the_rename() -> None:
-    commit.Committer._rename = _rename_all_but  # type: ignore[method-assign]
-
-
-def _rename_all_but(self: commit.Committer, temporary: Path, manifest: commit.Manifest) -> None:
-    commit.write_manifest(temporary, manifest)
-    die()
+    commit.Committer._rename = die  # type: ignore[assignment, method-assign]
 
 
 def die_after_the_rename() -> None:
