@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
@@ -72,21 +72,26 @@ def lead_seconds(measured: float | None, limit: float | None) -> int:
 
 def measured_stop_seconds(paths: RunPaths) -> float | None:
     """Seconds of the slowest step and of what saving can take at a stop, from what the run has done; None before the
-    first save. The last checkpoint is written and read back; one that is being written in the background comes first.
+    first save.
     """
     attempts = [paths.attempt(number) for number in paths.attempt_numbers()]
-    events = [r for a in attempts for r in read_json_lines(a.events("rank-0")) if r["event"] == "saved"]
-    steps = [r["step_seconds"] for a in attempts for r in read_steps(a.steps)]
-    background = any(r.get("blocking_seconds", r["seconds"]) < r["seconds"] for r in events)
-    saves = (3 if background else 2) * max((r["seconds"] for r in events), default=0.0)
-    return max(steps, default=0.0) + saves if events else None
+    steps = [record["step_seconds"] for attempt in attempts for record in read_steps(attempt.steps)]
+    return stop_seconds(attempts, max(steps, default=0.0))
 
 
 def newest_stop_seconds(attempt: AttemptPaths) -> float | None:
     """As ``measured_stop_seconds``, of one attempt and by its last step only: cheap enough to ask now and then."""
-    saves = [r["seconds"] for r in read_json_lines(attempt.events("rank-0")) if r["event"] == "saved"]
     _, last = read_ends(attempt.steps)
-    return (last or {}).get("step_seconds", 0.0) + 2 * max(saves) if saves else None
+    return stop_seconds([attempt], (last or {}).get("step_seconds", 0.0))
+
+
+def stop_seconds(attempts: Iterable[AttemptPaths], step: float) -> float | None:
+    """Seconds of a step and of saving after it, by the slowest save of ``attempts``; None if there was none. The last
+    checkpoint is written and read back; one that is being written in the background comes first.
+    """
+    saves = [r for a in attempts for r in read_json_lines(a.events("rank-0")) if r["event"] == "saved"]
+    background = any(save.get("blocking_seconds", save["seconds"]) < save["seconds"] for save in saves)
+    return step + (3 if background else 2) * max(save["seconds"] for save in saves) if saves else None
 
 
 def limit_seconds(text: str) -> float:
