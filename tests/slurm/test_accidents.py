@@ -161,6 +161,7 @@ def test_node_crash(submit, twin: RunPaths, twin_digest: str):
         assert {machine.name for machine in run.cluster.sandbox.status() if machine.missing} == {victim}
         try:
             run.lift_hold()
+            run.eventually(lambda: run.state(run.job) == "RUNNING", 60)  # on other nodes: this one is to boot in peace
         finally:
             run.cluster.sandbox.heal(victim)
     run.ends_like(twin, twin_digest)
