@@ -24,6 +24,12 @@ MICRO = REPOSITORY / "tests" / "micro.yaml"
 PATIENCE_SECONDS = 120.0
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """A shell starts what it puts in the background deaf to Ctrl-C, and the commands under test would inherit that."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @dataclass
 class Lab:
     """Starts real runs of the micro model in temporary run directories; all share one folder of packed text."""
