@@ -135,11 +135,12 @@ class Continuation:
 
     def bad_node(self, attempt: AttemptPaths) -> str | None:
         """Name of the node on which ranks died first again and again, or None."""
-        nodes = range(self.allocation.nodes if self.allocation.nodes > 1 else 0)
-        ledgers = [list(read_json_lines(attempt.events(f"node-{node}"))) for node in nodes]
-        deaths = [(r["time"], node) for node in nodes for r in ledgers[node] if r["event"] == "rank_failed"]
-        restarts = [r["time"] for ledger in ledgers[:1] for r in ledger if r["event"] == "restarting"]
-        guilty = node_to_blame(deaths, restarts)
+        guilty = node_to_blame(
+            (record["restart"], record["time"], node)
+            for node in range(self.allocation.nodes if self.allocation.nodes > 1 else 0)
+            for record in read_json_lines(attempt.events(f"node-{node}"))
+            if record["event"] == "rank_failed"
+        )
         return None if guilty is None else slurm.expand_nodelist(self.allocation.nodelist)[guilty]
 
     def end(self, outcome: Outcome, stop_signal: str | None, ledger: JsonLinesWriter) -> None:

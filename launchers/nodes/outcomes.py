@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -109,17 +108,16 @@ def judge(facts: AttemptFacts) -> Outcome:
     )
 
 
-def node_to_blame(deaths: Iterable[tuple[float, int]], restarts: Iterable[float]) -> int | None:
+def node_to_blame(deaths: Iterable[tuple[int, float, int]]) -> int | None:
     """The node on which a rank died first in DEATHS_TO_BLAME_A_NODE of the last failures of a group of ranks; None if
     no node stands out. A program that is at fault dies on one node now, on another then. Pure.
 
     Args:
-        deaths: (seconds since the epoch, node rank) of ranks that ended badly, on all nodes.
-        restarts: when the group was started again, seconds since the epoch.
+        deaths: (restarts of the group before it, seconds since the epoch, node rank) of ranks that ended badly, on all
+            nodes. Times alone would not do: a rank that lost its peer may be seen to end after the next restart began.
     """
-    bounds = sorted(restarts)
     first: dict[int, tuple[float, int]] = {}
-    for death in sorted(deaths, reverse=True):
-        first[bisect_left(bounds, death[0])] = death
-    last = [first[failure][1] for failure in sorted(first)][-(DEATHS_TO_BLAME_A_NODE + 1) :]
+    for restarts, moment, node in deaths:
+        first[restarts] = min(first.get(restarts, (moment, node)), (moment, node))
+    last = [first[restarts][1] for restarts in sorted(first)][-(DEATHS_TO_BLAME_A_NODE + 1) :]
     return next((node for node in set(last) if last.count(node) >= DEATHS_TO_BLAME_A_NODE), None)

@@ -32,17 +32,29 @@ STOPPED, FAILED = True, False
 
 @pytest.mark.parametrize(
     ("deaths", "guilty"),
-    [  # a restart at 10, 20, 30; node 0 notices each death of another one's rank a moment later, and its own rank ends
+    [  # (restarts before, time, node)
         ([], None),
-        ([(9.0, 2), (9.1, 0), (19.0, 2), (19.1, 0), (29.0, 2), (29.1, 0), (39.0, 2), (39.1, 0)], 2),
-        ([(9.0, 0), (9.1, 2), (19.0, 2), (29.0, 2), (39.0, 2)], 2),  # node 0 was a moment faster, once
-        ([(9.0, 0), (9.1, 2), (19.0, 2), (19.1, 0), (29.0, 0), (39.0, 2)], None),  # the program's fault: any node
-        ([(9.0, 2), (19.0, 2)], None),  # too few to tell
-        ([(1.0, 1), (9.0, 1), (19.0, 2), (29.0, 2), (39.0, 2)], 2),
+        ([(n, 10.0 * n + delay, node) for n in range(4) for delay, node in ((9, 2), (9.1, 0))], 2),
+        ([(0, 9.0, 0), (0, 9.1, 2), (1, 19.0, 2), (2, 29.0, 2), (3, 39.0, 2)], 2),  # node 0 was faster, once
+        ([(0, 9.0, 0), (1, 9.1, 2), (2, 19.0, 2), (3, 29.0, 0)], None),  # the program's fault: any node
+        ([(0, 9.0, 2), (1, 19.0, 2)], None),  # too few to tell
+        ([(0, 1.0, 1), (1, 9.0, 1), (2, 19.0, 2), (3, 29.0, 2), (4, 39.0, 2)], 2),
+        (  # node 1's ranks lost their peers; two of them were seen to end after node 0 had started again
+            [
+                (0, 100.03, 0),
+                (0, 100.05, 1),
+                (1, 101.4, 0),
+                (2, 103.3, 0),
+                (3, 105.32, 0),
+                (3, 105.34, 1),
+                (4, 106.4, 0),
+            ],
+            0,
+        ),
     ],
 )
-def test_node_to_blame(deaths: list[tuple[float, int]], guilty: int | None):
-    assert node_to_blame(deaths, restarts=[20.0, 10.0, 30.0]) == guilty
+def test_node_to_blame(deaths: list[tuple[int, float, int]], guilty: int | None):
+    assert node_to_blame(deaths) == guilty
 
 
 @pytest.mark.parametrize(
