@@ -3,7 +3,7 @@
 # make check   style, types and floors alone
 # make prove-checkpoints   the slow proof: 500 kills, no checkpoint lost (half an hour)
 # make prove-corruption    the slow proof: 10,000 damages, each found, named and passed over (some minutes)
-# make prove-timeouts      the slow proof: one run on a real Slurm through 200 time-outs (root; most of an hour)
+# make prove-timeouts      the slow proof: one run on a real Slurm through 200 time-outs (root; two hours, with EARLY=6 half of one)
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -42,7 +42,7 @@ prove-corruption: install
 	$(BIN)/python -m benchmarks.corruption --injections $(or $(INJECTIONS),10000)
 
 prove-timeouts: slurm-packages
-	$(BIN)/python -m benchmarks.timeouts --continuations 200 --early $(or $(EARLY),6)
+	$(BIN)/python -m benchmarks.timeouts --continuations 200 --early $(or $(EARLY),60)
 
 check: install
 	$(BIN)/ruff check .
