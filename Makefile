@@ -3,7 +3,7 @@
 # make check   style, types and floors alone
 # make prove-checkpoints   the slow proof: 500 kills, no checkpoint lost (ten minutes)
 # make prove-corruption    the slow proof: 10,000 damages, each found, named and passed over (some minutes)
-# make prove-timeouts      the slow proof: one run on a real Slurm through 200 time-outs (root; two hours, with EARLY=6 half of one)
+# make prove-timeouts      the slow proof: one run on a real Slurm through 200 time-outs (root; three quarters of an hour)
 PYTHON ?= python3
 BIN := .venv/bin
 

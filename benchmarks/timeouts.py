@@ -1,12 +1,12 @@
-"""Proof over many time-outs: one run on a real Slurm, warned again and again, loses no step and no continuation.
+"""Proof over many time-outs: runs on a real Slurm, warned again and again, lose no step and no continuation.
 
     python -m benchmarks.timeouts --continuations 200
 
-Needs root: it brings up a sandbox of one node, and takes it down. Only the moment of the warning is drawn: Slurm's may
-come up to a minute early, so here it comes 0 to ``--early`` seconds after the attempt's first step. The hold-off before
-a requeued job starts again is lifted at once, without the two seconds that Slurm needs: now and then it makes the new
-start FAILED before it runs anything, and the successor that is the net has to go on. At the end every step must have
-been computed, and once.
+Needs root: it brings up a sandbox of one node per run, and takes it down. Only the moment of the warning is drawn:
+Slurm's may come up to a minute early, so here it comes 0 to ``--early`` seconds after the attempt's first step. The
+hold-off before a requeued job starts again is lifted at once, without the two seconds that Slurm needs: now and then
+that makes the new start FAILED before it runs anything, and the successor that is the net has to go on. At the end
+every step must have been computed, and once.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ import shutil
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import track
+from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from benchmarks.peers import markdown
 from benchmarks.slurm_peers import SlurmJob, new_sandbox, submit, wait_until
@@ -58,48 +61,93 @@ def warn(job: SlurmJob, attempt: int) -> None:
     wait_until(goes_on, f"attempt {attempt + 1} has done a step", PATIENCE_SECONDS)
 
 
-def times_by_net(job: SlurmJob) -> int:
-    """How often a requeued job ended before it ran anything, and its successor went on."""
-    attempts = map(job.paths.attempt, job.paths.attempt_numbers())
-    ran = [read_record(attempt.process, ProcessRecord).job for attempt in attempts]
-    return sum(before != after for before, after in itertools.pairwise(ran))
+@dataclass
+class Chain:
+    """One run through its warnings, and what became of it."""
+
+    job: SlurmJob
+    warnings: int
+    done: int = 0
+    broken: str = ""
+    """Why it went on no more."""
+
+    def play(self, early: float, moments: random.Random, advance: Callable[[], None]) -> None:
+        """Warn it again and again, each time 0 to ``early`` seconds after the first step; then have it stop."""
+        try:
+            wait_until(lambda: has_stepped(self.job, 0), "the first step")
+            for attempt in range(self.warnings):
+                time.sleep(moments.uniform(0, early))
+                warn(self.job, attempt)
+                self.done += 1
+                advance()
+        except TimeoutError as error:
+            self.broken = f"{self.job.paths.root.name}: {error}; Slurm says {self.job.state() or 'nothing'}"
+        self.job.paths.stop_request.touch()
+        last = self.job.paths.attempt_numbers()[-1]
+        wait_until(self.job.paths.attempt(last).outcome.is_file, "the stop")
+
+    def steps(self) -> Counter[int]:
+        """How often each step was computed."""
+        return Counter(record["step"] for record in self.job.steps())
+
+    def times_by_net(self) -> int:
+        """How often a requeued job ended before it ran anything, and its successor went on."""
+        attempts = map(self.job.paths.attempt, self.job.paths.attempt_numbers())
+        ran = [read_record(attempt.process, ProcessRecord).job for attempt in attempts]
+        return sum(before != after for before, after in itertools.pairwise(ran))
+
+
+def play_all(chains: list[Chain], early: float, seed: int) -> None:
+    """All runs at once, with a bar for all."""
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar, ThreadPoolExecutor(len(chains)) as pool:
+        task = bar.add_task("continuations", total=sum(chain.warnings for chain in chains))
+        draws = [random.Random(f"{seed} {number}") for number in range(len(chains))]
+        played = [
+            pool.submit(chain.play, early, moments, lambda: bar.advance(task))
+            for chain, moments in zip(chains, draws, strict=True)
+        ]
+        for chain in played:
+            chain.result()
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--continuations", type=int, default=200, help="warnings in all (default: 200)")
+    parser.add_argument("--runs", type=int, default=4, help="runs that share them, side by side (default: 4)")
     parser.add_argument("--early", type=float, default=60, help="latest moment of the warning, s (default: 60)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
-    parser.add_argument("--keep", type=Path, help="move the run directory and the cluster's logs here at the end")
+    parser.add_argument("--keep", type=Path, help="move the run directories and the cluster's logs here at the end")
     arguments = parser.parse_args(argv)
-    moments, done, broken = random.Random(arguments.seed), 0, ""
+    if not 1 <= arguments.runs <= arguments.continuations:
+        parser.error(f"--runs must lie between 1 and --continuations, is {arguments.runs}; give fewer runs")
     began = time.monotonic()
-    with new_sandbox(nodes=1) as (sandbox, folder):
-        enough = ("--max-attempts", str(arguments.continuations + 9))
-        job = submit("ours", sandbox, folder / "run", folder / "packed", flags=enough)
-        wait_until(lambda: has_stepped(job, 0), "the first step")
+    each, left = divmod(arguments.continuations, arguments.runs)
+    chains = []
+    with new_sandbox(nodes=arguments.runs) as (sandbox, folder):
+        for number in range(arguments.runs):
+            warnings = each + (number < left)
+            enough = ("--max-attempts", str(warnings + 9))
+            chains.append(
+                Chain(submit("ours", sandbox, folder / f"run-{number}", folder / "packed", flags=enough), warnings)
+            )
         try:
-            for attempt in track(range(arguments.continuations), "continuations", console=Console(stderr=True)):
-                time.sleep(moments.uniform(0, arguments.early))
-                warn(job, attempt)
-                done += 1
-        except TimeoutError as error:
-            broken = f"{error}; Slurm says {job.state() or 'nothing'}"
-        job.paths.stop_request.touch()
-        wait_until(lambda: job.paths.attempt(job.paths.attempt_numbers()[-1]).outcome.is_file(), "the stop")
-        counts = Counter(record["step"] for record in job.steps())
-        by_net = times_by_net(job)
-        if arguments.keep:
-            shutil.copytree(sandbox.layout.log, arguments.keep / "log")
-            shutil.move(folder / "run", arguments.keep / "run")
-    last = max(counts)
-    lost = last - len(counts)
-    twice = sum(count - 1 for count in counts.values())
+            play_all(chains, arguments.early, arguments.seed)
+            counts = [chain.steps() for chain in chains]
+            by_net = sum(chain.times_by_net() for chain in chains)
+        finally:
+            if arguments.keep:
+                shutil.copytree(sandbox.layout.log, arguments.keep / "log")
+                for chain in chains:
+                    shutil.move(chain.job.paths.root, arguments.keep)
+    done, broken = sum(chain.done for chain in chains), [chain.broken for chain in chains if chain.broken]
+    lost = sum(max(steps) - len(steps) for steps in counts)
+    twice = sum(steps.total() - len(steps) for steps in counts)
     rows = [
         ["continuations", f"{done} of {arguments.continuations}"],
         ["of these by the net", str(by_net)],
-        ["chains broken", f"1: {broken}" if broken else "0"],
-        ["steps computed", f"{last:,}"],
+        ["chains broken", "; ".join([str(len(broken)), *broken])],
+        ["steps computed", f"{sum(max(steps) for steps in counts):,}"],
         ["steps lost", str(lost)],
         ["steps computed twice", str(twice)],
         ["minutes", f"{(time.monotonic() - began) / 60:.0f}"],
