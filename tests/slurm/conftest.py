@@ -171,9 +171,13 @@ class Run:
         self.slurm("scontrol", "update", f"jobid={self.job}", f"endtime={end.isoformat(timespec='seconds')}")
 
     def preempt(self) -> None:
-        """Have a job of higher priority take all nodes, for a moment."""
+        """Have a job of higher priority take all nodes, for a moment. Until it is warned the run stands still: it would
+        be over before Slurm looks.
+        """
         whole = ["--nodes=4", "--exclusive", "--partition=high", "--time=5", "--output=/dev/null", "--wrap=sleep 600"]
-        high = self.slurm("sbatch", "--parsable", *whole).strip()
+        with standing_still(self.paths):
+            high = self.slurm("sbatch", "--parsable", *whole).strip()
+            self.eventually(lambda: self.events("successor_queued") or self.state(self.job) != "RUNNING", 60)
         self.eventually(lambda: self.state(high) == "RUNNING", 60)
         self.slurm("scancel", high)
 
@@ -215,27 +219,42 @@ def submit(cluster: Cluster, eventually: Eventually) -> Callable[..., Run]:
 
 
 @contextlib.contextmanager
+def again_and_again(act: Callable[[], None], seconds: float, *, urgent: bool = False) -> Iterator[None]:
+    """Act every so many seconds, in a thread, until the block ends; ``urgent``: before all other processes."""
+    done = threading.Event()
+
+    def repeat() -> None:
+        if urgent:
+            os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+        while not done.wait(seconds):
+            act()
+
+    thread = threading.Thread(target=repeat)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+@contextlib.contextmanager
 def standing_still(paths: RunPaths) -> Iterator[None]:
-    """Hold every rank of the run where it is. Again and again: Slurm sends SIGCONT along with every signal."""
-    ranks, done = ranks_on_all_nodes(paths), threading.Event()
+    """Hold every rank of the run where it is. Again and again: Slurm sends SIGCONT along with every signal, and on a
+    busy machine a rank could save in between.
+    """
+    ranks = ranks_on_all_nodes(paths)
 
     def send(number: signal.Signals) -> None:
         for rank in ranks:
             with contextlib.suppress(psutil.NoSuchProcess):
                 rank.send_signal(number)
 
-    def hold() -> None:
-        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))  # on a busy machine a rank could save in between
-        while not done.wait(0.002):
-            send(signal.SIGSTOP)
-
-    holder = threading.Thread(target=hold)
-    holder.start()
+    send(signal.SIGSTOP)
     try:
-        yield
+        with again_and_again(lambda: send(signal.SIGSTOP), 0.002, urgent=True):
+            yield
     finally:
-        done.set()
-        holder.join()
         send(signal.SIGCONT)
 
 
@@ -243,22 +262,16 @@ def standing_still(paths: RunPaths) -> Iterator[None]:
 def deadly(run: Run, node: str) -> Iterator[None]:
     """Kill every rank of the run on a node as soon as it writes its log."""
     first = json.loads(run.cluster.sandbox.layout.identity(node).read_text())["pid"]
-    space, done = os.readlink(f"/proc/{first}/ns/pid"), threading.Event()
+    space = os.readlink(f"/proc/{first}/ns/pid")
 
     def kill() -> None:
-        while not done.wait(0.05):
-            for rank in find_ranks(run.paths):
-                with contextlib.suppress(OSError, psutil.Error):
-                    if os.readlink(f"/proc/{rank.pid}/ns/pid") == space:
-                        rank.kill()
+        for rank in find_ranks(run.paths):
+            with contextlib.suppress(OSError, psutil.Error):
+                if os.readlink(f"/proc/{rank.pid}/ns/pid") == space:
+                    rank.kill()
 
-    killer = threading.Thread(target=kill)
-    killer.start()
-    try:
+    with again_and_again(kill, 0.05):
         yield
-    finally:
-        done.set()
-        killer.join()
 
 
 def ranks_on_all_nodes(paths: RunPaths) -> list[psutil.Process]:

@@ -17,11 +17,11 @@ pytestmark = pytest.mark.slurm
 
 
 def test_time_limit_and_another_stop_lose_no_step(submit, twin: RunPaths, twin_digest: str):
-    """Slurm itself gives the first warning: on its tick of 30 s, 120 to 150 s before the end."""
+    """Slurm itself gives the first warning: on its tick of 30 s, up to 150 s before the end."""
     run = submit("--time", "10")
     wait_for_step(run.paths, 8)
     with standing_still(run.paths):  # the run would be over before the tick
-        run.set_end(seconds=152)
+        run.set_end(seconds=148)
         run.eventually(lambda: run.events("successor_queued"), 90)
     run.lift_hold()
     run.slurm("scontrol", "update", f"jobid={run.job}", "timelimit=10")  # the end that was set has become its limit
