@@ -26,6 +26,8 @@ from tests.conftest import MICRO
 
 GLOBAL_BATCH = 24
 """Samples; 1, 2, 3, 4 and 8 ranks divide it."""
+SAVED, END = 10, 30
+"""Steps: where others continue from, and the last one."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,12 @@ class Scene:
     @property
     def losses(self) -> dict[int, float]:
         return {int(step): loss for step, loss in json.loads((self.root / "losses.json").read_text()).items()}
+
+
+def farthest(scene: Scene, whole: Scene) -> float:
+    """Largest difference of losses, nats, over the steps that ``scene`` did."""
+    assert list(scene.losses) == list(range(1 if scene.start is None else SAVED + 1, scene.steps + 1))
+    return max(abs(loss - whole.losses[step]) for step, loss in scene.losses.items())
 
 
 class Losses:
