@@ -27,21 +27,22 @@ from benchmarks.damages import CONTROLS, DAMAGES
 from benchmarks.injections import Material, Tally, open_field, run_injections
 from benchmarks.peers import markdown
 from benchmarks.undisturbed import make_run, run_undisturbed
+from launchers.arguments import SHARDINGS
 
 STEPS = "training.num_train_steps=12"
 """Checkpoints of steps 4, 8 and 12."""
 INJECTIONS_PER_CONTROL = 10
 
 
-def make_material(folder: Path) -> Material:
-    """Three sets of checkpoints by real runs under ``folder``."""
-    packed = folder / "packed"
-    run = make_run(folder / "run", packed, STEPS)
+def make_material(folder: Path, engine: str) -> Material:
+    """Three sets of checkpoints by real runs under ``folder``; ``engine``: infra.distributed_type."""
+    packed, settings = folder / "packed", (STEPS, f"infra.distributed_type={engine}")
+    run = make_run(folder / "run", packed, *settings)
     run_undisturbed(run)
-    alone = make_run(folder / "attempt", packed, STEPS, ranks=1, like=run)
+    alone = make_run(folder / "attempt", packed, *settings, ranks=1, like=run)
     alone.claim_attempt()
     run_undisturbed(alone, ranks=1)
-    other = make_run(folder / "other", packed, STEPS, "training.seed=7", like=run)
+    other = make_run(folder / "other", packed, *settings, "training.seed=7", like=run)
     run_undisturbed(other)
     return Material(run.checkpoints, alone.checkpoints, other.checkpoints)
 
@@ -62,6 +63,7 @@ def tables(tally: Tally, minutes: float) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--injections", type=int, default=10_000, help="damages in all (default: 10000)")
+    parser.add_argument("--sharding", choices=SHARDINGS, default="fsdp2", help="engine (default: fsdp2)")
     parser.add_argument("--seed", type=int, default=0, help="of all draws (default: 0)")
     arguments = parser.parse_args(argv)
     logging.getLogger("encdec.train").setLevel(logging.ERROR)  # what it warns of is counted here
@@ -69,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     columns = (TextColumn("injections"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with tempfile.TemporaryDirectory() as folder, Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=arguments.injections)
-        with open_field(make_material(Path(folder)), Random(arguments.seed)) as field:
+        with open_field(make_material(Path(folder), SHARDINGS[arguments.sharding]), Random(arguments.seed)) as field:
             tally = run_injections(
                 field, arguments.injections, INJECTIONS_PER_CONTROL, lambda done: bar.update(task, completed=done)
             )

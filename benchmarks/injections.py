@@ -16,6 +16,7 @@ from random import Random
 from benchmarks.damages import CONTROLS, DAMAGES, Done, Scene
 from encdec.checkpoints import CheckpointManager, logical_digest
 from encdec.checkpoints.manifest import read_manifest
+from encdec.checkpoints.payload import payload_named
 
 NOBODY = 65534
 LOADED_EVERY = 50
@@ -58,7 +59,8 @@ class Field:
         self._root = root / "checkpoints"
         self._steps = sorted(int(path.name.removeprefix("step-")) for path in material.run.glob("step-*"))
         self._digests = {step: logical_digest(material.run / f"step-{step}") for step in self._steps}
-        self._identity = read_manifest(material.run / f"step-{self._steps[-1]}").run_identity
+        newest = read_manifest(material.run / f"step-{self._steps[-1]}")
+        self._identity, self._payload = newest.run_identity, payload_named(newest.sharding)
 
     def inject(self, name: str | None = None) -> None:
         """One damage, of a kind that is drawn unless ``name`` says it; one that would change nothing is drawn again."""
@@ -97,7 +99,7 @@ class Field:
         )
 
     def _manager(self) -> CheckpointManager:
-        return CheckpointManager(self._root, run_identity=self._identity)
+        return CheckpointManager(self._root, run_identity=self._identity, payload=self._payload)
 
     def _judge(self, name: str, done: Done) -> None:
         """Detected, the reason named, and the newest sound checkpoint found."""

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from encdec.checkpoints.payload import ENGINES, payload_named
+
 Scope = Literal["one rank", "all ranks", "agent and all"]
 SCOPES: tuple[Scope, ...] = ("one rank", "all ranks", "agent and all")
 
@@ -128,16 +130,20 @@ class Watch:
         self._done = False
         self._threads = threading.local()
 
-    def arm(self, engine: Any) -> None:
-        """From now on; ``engine`` is the class of the payload whose copies are seen."""
+    def arm(self) -> None:
+        """From now on."""
         sys.addaudithook(self._on_event)
-        copy = engine.snapshot
+        for name in ENGINES:
+            self._see_copies_of(type(payload_named(name)))
+
+    def _see_copies_of(self, payload: Any) -> None:
+        copy = payload.snapshot
 
         def snapshot(*arguments: Any, **named: Any) -> Any:
             self._count(Operation("copy", ""))
             return copy(*arguments, **named)
 
-        engine.snapshot = snapshot
+        payload.snapshot = snapshot
 
     def _on_event(self, event: str, arguments: tuple[Any, ...]) -> None:
         reader = READERS.get(event)

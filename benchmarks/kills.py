@@ -2,12 +2,12 @@
 
     python -m benchmarks.kills --kills 500
 
-The ranks are the real rank program on the micro model of the tests: gloo, FSDP2, an evaluation after every step, a
-checkpoint every 4 of 60 steps, in three of four runs beside training. SIGKILL strikes one rank, all ranks, or these and
-their agent, at one of the places below or some milliseconds after it; checkpoints that are damaged on purpose are part
-of the draw. After each kill every committed checkpoint must verify and hold the twin's state, and the next start must
-go on after the newest one. Runs follow one another until all kills are done; each must end with the twin's digest,
-losses, evaluations, verdict and state. Exits 1 if one thing differs. Ctrl-C ends it with what has been counted.
+The ranks are the real rank program on the micro model of the tests: gloo, FSDP2 or ZeRO-3, an evaluation after every
+step, a checkpoint every 4 of 60 steps, in three of four runs beside training. SIGKILL strikes one rank, all ranks, or
+these and their agent, at one of the places below or some milliseconds after it; checkpoints that are damaged on purpose
+are part of the draw. After each kill every committed checkpoint must verify and hold the twin's state, and the next
+start must go on after the newest one. Runs follow one another until all kills are done; each must end with the twin's
+digest, losses, evaluations, verdict and state. Exits 1 if one thing differs. Ctrl-C ends it with what has been counted.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from benchmarks.killed_run import Figures, KilledRun
 from benchmarks.peers import markdown
 from benchmarks.small_agent import RANKS, BrokenChainError
 from benchmarks.undisturbed import Twin, make_run, make_twin
+from launchers.arguments import SHARDINGS
 
 # place -> (weight, the last operation of it that is aimed at)
 DRAWN: dict[str, tuple[int, int]] = {
@@ -69,18 +70,25 @@ def draw(random_: random.Random, seconds_of_a_run: float) -> Kill:
 
 
 def kill_runs(
-    folder: Path, packed: Path, twin: Twin, kills: int, random_: random.Random, tell: Callable[[Figures], None]
+    folder: Path,
+    packed: Path,
+    twin: Twin,
+    kills: int,
+    random_: random.Random,
+    tell: Callable[[Figures], None],
+    *settings: str,
 ) -> Figures:
     """Runs one after another until ``kills`` are done, the last one to its end; stops at the first failure.
 
     Args:
         folder: takes the run directories; those that ended as they should are deleted.
         tell: called after every start.
+        settings: KEY=VALUE, as ``twin`` was made with.
     """
     figures = Figures()
     while figures.killed < kills and not figures.failures:
         how = f"training.async_save={'false' if figures.runs % 4 == 3 else 'true'}"
-        paths = make_run(folder / f"run-{figures.runs}", packed, how, like=twin.paths)
+        paths = make_run(folder / f"run-{figures.runs}", packed, how, *settings, like=twin.paths)
         run = KilledRun(paths, twin, figures)
         try:
             while not run.complete and not figures.failures:
@@ -123,6 +131,7 @@ def tables(figures: Figures, minutes: float) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=500, help="kills in all (default: 500)")
+    parser.add_argument("--sharding", choices=SHARDINGS, default="fsdp2", help="engine (default: fsdp2)")
     parser.add_argument("--seed", type=int, default=0, help="of all draws (default: 0)")
     parser.add_argument("--keep", type=Path, help="work in this folder and leave a run that failed there")
     arguments = parser.parse_args(argv)
@@ -131,10 +140,11 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as temporary, Progress(*columns, console=Console(stderr=True)) as bar:
         folder = arguments.keep or Path(temporary)
         task = bar.add_task("", total=arguments.kills)
-        twin = make_twin(folder, folder / "packed")
+        engine = f"infra.distributed_type={SHARDINGS[arguments.sharding]}"
+        twin = make_twin(folder, folder / "packed", engine)
         figures = kill_runs(
             folder, folder / "packed", twin, arguments.kills, random.Random(arguments.seed),
-            lambda figures: bar.update(task, completed=figures.killed),
+            lambda figures: bar.update(task, completed=figures.killed), engine,
         )  # fmt: skip
     print(tables(figures, (time.monotonic() - began) / 60))
     for line in figures.failures:

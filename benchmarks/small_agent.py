@@ -19,7 +19,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from benchmarks.kill_points import MOMENT, Kill, Watch, strike
-from encdec.checkpoints.payload import DEFAULT, payload_named
 from encdec.files import RunPaths
 from encdec.training import lifeline
 
@@ -42,7 +41,8 @@ class Agent:
 
     def __init__(self, paths: RunPaths, ranks: int = RANKS) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["benchmarks.small_agent", "encdec.train"])
+        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed looks for it when it is imported, in the server
+        context.set_forkserver_preload(["benchmarks.small_agent", "encdec.train", "encdec.training.rank", "deepspeed"])
         self.attempt, self.restart = paths.claim_attempt(), -1
         self._orders, orders = context.Pipe()
         self._notes, notes = context.Pipe(duplex=False)
@@ -146,7 +146,7 @@ def start_ranks(paths: RunPaths, attempt: int, restart: int, ranks: int, kill: K
                 set_environment(rank, ranks, restart, port)
                 if kill and kill.victim == rank and kill.place != MOMENT:
                     die = partial(strike, kill.scope, agent, group or os.getpid(), os.getpid())
-                    Watch(paths.checkpoints, kill, notes, die).arm(type(payload_named(DEFAULT)))
+                    Watch(paths.checkpoints, kill, notes, die).arm()
                 code = run_rank(paths, attempt)
             except BaseException:
                 traceback.print_exc()
