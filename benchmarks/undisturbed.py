@@ -104,6 +104,7 @@ def end_of(paths: RunPaths) -> dict[str, Any]:
     gate = json.loads((paths.gates / "sanity_check.json").read_text())
     return {
         "digest of the last checkpoint": logical_digest(paths.checkpoints / last.checkpoint_id),
+        "digest of the average": logical_digest(paths.checkpoints / f"average-{last.step}"),
         "step and metrics of the last checkpoint": (last.step, last.metrics),
         "state of the trainer": json.loads((paths.checkpoints / last.checkpoint_id / TRAINER_STATE).read_text()),
         "steps": {record["step"]: [record[name] for name in OF_THE_RUN] for record in records_of(paths)},
@@ -120,5 +121,5 @@ def differences(paths: RunPaths, twin: Twin) -> list[str]:
     kept, wanted = ({info.checkpoint_id for info in listed(each)} for each in (paths, twin.paths))
     if not kept >= wanted:  # one more is there where the last kill came before the last deletion
         found.append(f"{sorted(wanted - kept)} should have been kept")
-    left = sorted(path.name for path in paths.checkpoints.iterdir() if re.search(r"\.tmp-", path.name))
+    left = sorted(path.name for path in paths.checkpoints.iterdir() if re.search(r"\.tmp", path.name))
     return found + [f"{name} was left behind" for name in left]

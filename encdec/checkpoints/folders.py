@@ -25,6 +25,7 @@ from encdec.errors import CheckpointError
 log = logging.getLogger("encdec.train")
 QUARANTINE = "quarantine"
 REPLACED = re.compile(r"(step-\d+)\.tmp-replaced-\d+")
+UNFINISHED_AVERAGE = re.compile(r"\.average-\d+\..+\.tmp")
 
 
 def committed_steps(root: Path) -> list[int]:
@@ -102,7 +103,7 @@ def discard_unfinished(root: Path) -> None:
         replaced = REPLACED.fullmatch(name)
         if replaced and not os.path.lexists(root / replaced.group(1)):  # killed between the two renames of a commit
             _put_back(root / name, root / replaced.group(1))
-        elif ".tmp-" in name:
+        elif ".tmp-" in name or UNFINISHED_AVERAGE.fullmatch(name):
             delete(root / name)
 
 

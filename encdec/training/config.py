@@ -190,6 +190,8 @@ class TrainingConfig(Section):
     """When storage takes no checkpoint: train on if there is an earlier one. The last save of a run always stops it."""
     save_total_limit: PositiveInt = 5
     """Checkpoints kept. The best, the last valid and those of the final average are never deleted."""
+    average_last: NonNegativeInt = 5
+    """Last checkpoints of ``save_steps`` whose average a complete run makes; fewer than two: none."""
     eval_steps: PositiveInt = 500
     """Steps between evaluations."""
     eval_samples: NonNegativeInt = 1000

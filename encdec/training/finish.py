@@ -1,4 +1,4 @@
-"""Verdicts: the sanity check before a phase's first step, the phase's own bounds after its last."""
+"""Verdicts: the sanity check before a phase's first step, the phase's own bounds after its last, and what follows."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from encdec.errors import CheckpointError, TrainingDiverged
 from encdec.files import RunPaths, atomic_write_json
 from encdec.sanity_check import check_model
 from encdec.training.execution import PhaseConfig
+from encdec.training.final_average import average_last
 from encdec.training.run_config import RunConfig
 from encdec.training.state import TrainResult
 from encdec.training.trainer import Qwen3EncoderDecoderTrainer
@@ -63,7 +64,9 @@ def check_sanity(model: nn.Module, tokenizer: Any, paths: RunPaths) -> None:
 
 
 def finish(run: RunConfig, paths: RunPaths, result: TrainResult, trainer: Qwen3EncoderDecoderTrainer) -> dict[str, Any]:
-    """Read the last checkpoint back, judge a finished phase, and say how it ended (the facts of an Outcome)."""
+    """Read the last checkpoint back, judge a finished phase, average the last checkpoints of one that is complete; say
+    how it ended (the facts of an Outcome).
+    """
     verified = distributed.on_rank_zero(lambda: read_back(trainer, result.checkpoint))
     cause, message = result.cause, result.message
     if cause == "complete" and run.phase:
@@ -76,6 +79,8 @@ def finish(run: RunConfig, paths: RunPaths, result: TrainResult, trainer: Qwen3E
             message += "; gate not passed: " + "; ".join(
                 f"{item.metric} {item.value:.4f}, must be {item.comparison} {item.threshold:g}" for item in failed
             )
+    if cause == "complete":
+        average_last(trainer.checkpoints, run.config.training.average_last, result.step)
     log.info("%s: %s", cause, message)
     return {
         "cause": cause,

@@ -23,8 +23,6 @@ from encdec.training.observers import Observer
 from encdec.training.schedule import Schedule
 
 log = logging.getLogger("encdec.train")
-AVERAGED_CHECKPOINTS = 5
-"""Scheduled checkpoints whose average ends a run; they are kept until then."""
 FIRST_GUESS_SECONDS = 1.0
 """For which training stands still at a save, before one has been measured."""
 SECONDS_TO_LAND = 30.0
@@ -33,7 +31,7 @@ SECONDS_TO_LAND = 30.0
 
 def averaged_from(training: TrainingConfig, total_steps: int) -> int:
     """First step that the average at the end can need; 0 where training may stop early, at any step."""
-    return 0 if training.early_stopping_enabled else max(0, total_steps - AVERAGED_CHECKPOINTS * training.save_steps)
+    return 0 if training.early_stopping_enabled else max(0, total_steps - training.average_last * training.save_steps)
 
 
 class Standing(NamedTuple):
