@@ -15,6 +15,7 @@ The files are pickles. Verify the manifest first; beyond that, nothing but tenso
 
 from __future__ import annotations
 
+import contextlib
 import math
 import pickle
 import re
@@ -25,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from encdec.checkpoints.manifest import reading
 from encdec.checkpoints.stored import split
@@ -95,7 +97,7 @@ class Partitions:
         if sorted(self._files) != list(range(self.world_size)) or len(models) != self.world_size or not models:
             raise _broken(self.folder, "two of DeepSpeed's files a rank", f"{len(names)} files: {names[:3]}")
         path = self.folder / models[0]
-        header = _unpickled(path, mmap=False)
+        header = _unpickled(path)
         with reading(path, "names and shapes of a ZeRO-3 model"):
             self.places = self._lay_out(header["param_shapes"])
             self.buffers: dict[str, Tensor] = {name: header["module"][name] for name in header["buffer_names"]}
@@ -119,27 +121,27 @@ class Partitions:
             name: buffer.shape for name, buffer in self.buffers.items()
         }
 
-    def shard(self, rank: int, *, mmap: bool = False) -> Shard:
+    def shard(self, rank: int, *, outline: bool = False) -> Shard:
         """Rank ``rank``'s part.
 
         Args:
-            mmap: leave it in the file until it is touched; failing storage then ends the process, so not in a job.
+            outline: leave the numbers in the file (``_read_flat`` reads some of them).
         """
         path = self.folder / self._files[rank]
         with reading(path, "a rank's part of a ZeRO-3 state"):
-            shard = Shard(_unpickled(path, mmap=mmap))
+            shard = Shard(_unpickled(path, outline=outline))
             if shard.world_size != self.world_size:
                 raise ValueError(f"a part of {shard.world_size} where {self.world_size} are")
         return shard
 
     @cached_property
-    def _mapped(self) -> list[Shard]:
-        return [self.shard(rank, mmap=True) for rank in range(self.world_size)]
+    def _outlines(self) -> list[Shard]:
+        return [self.shard(rank, outline=True) for rank in range(self.world_size)]
 
     @cached_property
     def names(self) -> list[str]:
         """All tensors, in order."""
-        states = [list(state) for state in self._mapped[0].states]
+        states = [list(state) for state in self._outlines[0].states]
         optim = [f"optim.{name}.{key}" for name, place in self.places.items() for key in states[place.group]]
         return sorted([*(f"model.{name}" for name in self.parameters), *optim])
 
@@ -147,7 +149,7 @@ class Partitions:
         """Of a parameter or buffer."""
         if parameter in self.buffers:
             return self.buffers[parameter].dtype
-        return self._mapped[0].weights[self.places[parameter].group].dtype
+        return self._outlines[0].weights[self.places[parameter].group].dtype
 
     def read(self, name: str) -> Tensor:
         """A whole tensor, on the host."""
@@ -155,11 +157,16 @@ class Partitions:
         if parameter in self.buffers:
             return self.buffers[parameter]
         place = self.places[parameter]
-        first = self._flat(0, place, key)
-        return self.read_range(name, 0, place.numel).view(place.shape) if first.ndim else first
+        if not self._flat(0, place, key).ndim:
+            return self._read_flat(0, place, key, 0, 1)[0]
+        return self.read_range(name, 0, place.numel).view(place.shape)
 
     def read_range(self, name: str, first: int, count: int) -> Tensor:
-        """Elements [first, first + count) of a flattened tensor, copied to memory of their own."""
+        """Elements [first, first + count) of a flattened tensor.
+
+        Raises:
+            UnreadableCheckpoint: storage does not let them be read.
+        """
         parameter, key = split(name)
         if parameter in self.buffers:
             return self.buffers[parameter].flatten()[first:][:count]
@@ -169,21 +176,36 @@ class Partitions:
             own = rank * place.length
             begin, end = max(first, own), min(first + count, own + place.held_by(rank))
             if begin < end:
-                parts.append(self._flat(rank, place, key)[place.offset + begin - own : place.offset + end - own])
+                parts.append(self._read_flat(rank, place, key, place.offset + begin - own, end - begin))
         if sum(len(part) for part in parts) != count:
             raise _broken(self.folder, "each rank's part of every parameter", f"less of {name}")
-        return torch.cat(parts) if parts else self._flat(0, place, key)[:0]
+        return torch.cat(parts) if parts else torch.empty(0, dtype=self._flat(0, place, key).dtype)
 
     def _flat(self, rank: int, place: Place, key: str) -> Tensor:
-        """Rank ``rank``'s flat tensor of weights or, with ``key``, of that optimizer state; left in its file."""
-        shard = self._mapped[rank]
+        """Outline of rank ``rank``'s flat tensor of weights or, with ``key``, of that optimizer state."""
+        shard = self._outlines[rank]
         return shard.states[place.group][key] if key else shard.weights[place.group]
 
+    def _read_flat(self, rank: int, place: Place, key: str, first: int, count: int) -> Tensor:
+        """Elements [first, first + count) of that tensor, which ``torch.save`` has stored uncompressed.
 
-def _unpickled(path: Path, *, mmap: bool) -> dict[str, Any]:
-    with reading(path, "DeepSpeed's state"):
+        Read, not memory-mapped: storage that fails under a mapping kills the process with SIGBUS instead of an error.
+        """
+        flat, path = self._flat(rank, place, key), self.folder / self._files[rank]
+        content = bytearray(count * flat.itemsize)
+        with reading(path, "all elements of a rank's part"), path.open("rb") as stream:
+            begin = int(flat.untyped_storage()._checkpoint_offset)  # type: ignore[arg-type]
+            stream.seek(begin + (int(flat.storage_offset()) + first) * flat.itemsize)
+            if stream.readinto(content) != len(content):
+                raise ValueError("the file ends before them")
+        return torch.frombuffer(content, dtype=flat.dtype)
+
+
+def _unpickled(path: Path, *, outline: bool = False) -> dict[str, Any]:
+    """What a file holds; as an ``outline``, its tensors have no numbers, and their storages say where these are."""
+    with reading(path, "DeepSpeed's state"), FakeTensorMode() if outline else contextlib.nullcontext():
         try:
-            return torch.load(str(path), map_location="cpu", mmap=mmap, weights_only=False, pickle_module=_Restricted)
+            return torch.load(str(path), map_location="cpu", weights_only=False, pickle_module=_Restricted)
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise ValueError(str(error).splitlines()[0]) from None
 

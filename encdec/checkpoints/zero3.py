@@ -19,7 +19,6 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from encdec import files
 from encdec.checkpoints.manifest import FileRecord, hash_file
 from encdec.checkpoints.partition_weights import ZeroWeights
 from encdec.checkpoints.partitions import TAG, Partitions, Place
@@ -120,9 +119,6 @@ class ZeroSnapshot:
             own[-1].write_text(TAG)
         for path in own:
             path.chmod(0o600)
-            files.fsync_file(path)
-        files.fsync_directory(inner)
-        files.fsync_directory(folder)
         return [hash_file(folder, path) for path in own]
 
 

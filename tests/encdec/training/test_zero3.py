@@ -27,7 +27,7 @@ from encdec.checkpoints.partitions import Partitions
 from encdec.checkpoints.payload import open_weights
 from encdec.checkpoints.weights import Piece
 from encdec.checkpoints.zero3 import ZeroSnapshot
-from encdec.errors import CheckpointError, ShardingError
+from encdec.errors import CheckpointError, ShardingError, UnreadableCheckpoint
 from encdec.tokenization_qwen3_encdec import Qwen3EncoderDecoderTokenizer
 from encdec.training.build import build_model
 from tests.encdec.training.engine_lab import END, SAVED, Made, Scene, farthest
@@ -196,6 +196,20 @@ def test_payload_that_is_not_whole_is_named(saved: Path, tmp_path: Path, damage:
         path.write_bytes(path.read_bytes()[:1000] if damage == "truncated" else pickle.dumps({}))
     with pytest.raises(CheckpointError, match=r"ZeRO-3 checkpoint must have|DeepSpeed's state at"):
         assert Partitions(tmp_path / "zero3").names
+
+
+def test_storage_that_fails_amid_reading_is_an_error_not_the_end_of_the_process(saved: Path, tmp_path: Path):
+    shutil.copytree(saved / "zero3", tmp_path / "zero3")
+    path = next((tmp_path / "zero3" / "state").glob("*rank_2_*_optim_states.pt"))
+    stored = Partitions(tmp_path / "zero3")
+    assert torch.equal(stored.read("model.shared.weight"), Partitions(saved / "zero3").read("model.shared.weight"))
+    os.truncate(path, 5000)
+    with pytest.raises(CheckpointError, match=r"all elements of a rank's part at .*rank_2.*ends before them"):
+        stored.read("model.shared.weight")
+    path.unlink()
+    path.symlink_to("/proc/self/mem")  # opens, and gives EIO
+    with pytest.raises(UnreadableCheckpoint, match=r"Storage must let the checkpoint be read at .*rank_2"):
+        Partitions(tmp_path / "zero3").read("model.shared.weight")
 
 
 def test_storage_that_takes_no_more_is_an_os_error(tmp_path: Path):
