@@ -41,9 +41,11 @@ class Plan:
     """Raw tokens of the whole phase."""
     learning_rate: float
     save_steps: int
+    saves_between: bool
+    """Whether the clock asks for checkpoints between these steps, too (``training.save_every: auto``)."""
     eval_steps: int
     checkpoints: int
-    """Checkpoints written over the phase, the last one included."""
+    """Checkpoints of ``save_steps`` that the phase writes, the last one included."""
     max_loss_after_warmup: float
     min_loss_decrease: float
     text: str
@@ -95,6 +97,7 @@ def make_plan(run: RunConfig, *, run_dir: str, cluster: str, why_cluster: str) -
         tokens=run.num_train_steps * run.tokens_per_step,
         learning_rate=training.learning_rate,
         save_steps=training.save_steps,
+        saves_between=training.save_every == "auto",
         eval_steps=training.eval_steps,
         checkpoints=-(-run.num_train_steps // training.save_steps),
         max_loss_after_warmup=phase.max_loss_after_warmup,

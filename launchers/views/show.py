@@ -62,7 +62,8 @@ def plan(plan: Plan, *, continues: bool) -> None:
                 "steps": f"{plan.num_train_steps:,}, {plan.tokens:,} tokens: {plan.bound_by} bind, "
                 f"{other} would allow {spare:,} steps",
                 "schedule": f"peak learning rate {plan.learning_rate:g}, {plan.warmup_steps} warm-up steps",
-                "checkpoints": f"every {plan.save_steps:,} steps, {plan.checkpoints} in all; "
+                "checkpoints": f"every {plan.save_steps:,} steps, {plan.checkpoints} in all"
+                f"{', more when the clock asks for them' if plan.saves_between else ''}; "
                 f"evaluation every {plan.eval_steps:,}",
                 "passes if": f"the loss falls by at least {plan.min_loss_decrease:g} and ends at or below "
                 f"{plan.max_loss_after_warmup:g}",

@@ -37,6 +37,9 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, monkeypatch,
     plan = capsys.readouterr().out
     for word in ("validation", "FSDP2 FULL_SHARD", "tokens a step", "warm-up steps", "passes if", "directory"):
         assert word in plan
+    assert "the clock" not in plan
+    assert main([*arguments, "--set", "training.save_every=auto"]) == 0
+    assert "more when the clock asks for them" in " ".join(capsys.readouterr().out.split())
     assert not list(tmp_path.iterdir())
 
 
