@@ -1,8 +1,8 @@
 # make demo    set up, then train the tiny model here, on two processes, to the end of its first phase
 # make test    set up, then check style, types and floors, then run all tests
 # make check   style, types and floors alone
-# make prove-checkpoints   the slow proof: 500 kills, no checkpoint lost (ten minutes)
-# make prove-corruption    the slow proof: 10,000 damages, each found, named and passed over (some minutes)
+# make prove-checkpoints   the slow proof: 500 kills of each engine, no checkpoint lost (half an hour)
+# make prove-corruption    the slow proof: 10,000 damages of each engine's, each found, named and passed over (some minutes)
 # make prove-timeouts      the slow proof: one run on a real Slurm through 200 time-outs (root; three quarters of an hour)
 PYTHON ?= python3
 BIN := .venv/bin
@@ -26,7 +26,8 @@ demo: install
 	$(BIN)/python -m launchers.submit --phase sanity_check --config configs/tiny.yaml --cluster local
 
 test: slurm-packages check
-	$(BIN)/python -m pytest -q
+	@# two at a time, by files: the tests on a real Slurm wait for its clocks half of their time
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 # Debian's Slurm for the tests on a real cluster; without root they skip and say so
 slurm-packages: install
@@ -36,10 +37,12 @@ slurm-packages: install
 	fi
 
 prove-checkpoints: install
-	$(BIN)/python -m benchmarks.kills --kills $(or $(KILLS),500)
+	for engine in fsdp2 zero3; do $(BIN)/python -m benchmarks.kills --sharding $$engine --kills $(or $(KILLS),500) || exit; done
 
 prove-corruption: install
-	$(BIN)/python -m benchmarks.corruption --injections $(or $(INJECTIONS),10000)
+	for engine in fsdp2 zero3; do \
+	    $(BIN)/python -m benchmarks.corruption --sharding $$engine --injections $(or $(INJECTIONS),10000) || exit; \
+	done
 
 prove-timeouts: slurm-packages
 	$(BIN)/python -m benchmarks.timeouts --continuations 200 --early $(or $(EARLY),60)

@@ -187,6 +187,18 @@ class Run:
             "scontrol", "show", "hostnames", self.slurm("squeue", "-h", "-j", self.job, "-o", "%N").strip()
         ).split()
 
+    def processes_on(self, node: str) -> list[psutil.Process]:
+        """Processes of a node that name the run in their command lines: its agent, its batch shell."""
+        space = pid_space(self.cluster.sandbox, node)
+        found = []
+        for process in psutil.process_iter(["cmdline"]):
+            with contextlib.suppress(OSError, psutil.Error):
+                words = " ".join(process.info["cmdline"] or ())
+                if str(self.paths.root) in words and os.readlink(f"/proc/{process.pid}/ns/pid") == space:
+                    found.append(process)
+        assert found
+        return found
+
     def lift_hold(self) -> None:
         """Slurm holds a requeued job back for a while."""
         self.eventually(lambda: self.state(self.job) == "PENDING", 60)
@@ -261,8 +273,7 @@ def standing_still(paths: RunPaths) -> Iterator[None]:
 @contextlib.contextmanager
 def deadly(run: Run, node: str) -> Iterator[None]:
     """Kill every rank of the run on a node as soon as it writes its log."""
-    first = json.loads(run.cluster.sandbox.layout.identity(node).read_text())["pid"]
-    space = os.readlink(f"/proc/{first}/ns/pid")
+    space = pid_space(run.cluster.sandbox, node)
 
     def kill() -> None:
         for rank in find_ranks(run.paths):
@@ -272,6 +283,12 @@ def deadly(run: Run, node: str) -> Iterator[None]:
 
     with again_and_again(kill, 0.05):
         yield
+
+
+def pid_space(sandbox: Sandbox, node: str) -> str:
+    """Name of the node's PID namespace: which of this machine's processes are the node's."""
+    first = json.loads(sandbox.layout.identity(node).read_text())["pid"]
+    return os.readlink(f"/proc/{first}/ns/pid")
 
 
 def ranks_on_all_nodes(paths: RunPaths) -> list[psutil.Process]:

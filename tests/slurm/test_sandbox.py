@@ -16,7 +16,6 @@ from launchers.sandbox import preflight, render
 from launchers.sandbox.__main__ import main
 from launchers.sandbox.cluster import Sandbox
 from launchers.sandbox.layout import Blueprint, Layout, Shape
-from tests.slurm.conftest import lift_hold
 
 slurm = pytest.mark.slurm
 FOREVER = "--time=10"
@@ -25,12 +24,6 @@ FOREVER = "--time=10"
 
 def submit(sandbox: Sandbox, *argv: str, user: str | None = None) -> str:
     return sandbox.run("sbatch", "--parsable", "--output=/dev/null", *argv, user=user).strip()
-
-
-def start_again(sandbox: Sandbox, job: str, eventually: Callable[..., None]) -> None:
-    """Wait until Slurm has requeued a job after its node failed, and spare it the hold-off."""
-    eventually(lambda: history(sandbox, job) == ["NODE_FAIL", "PENDING"])
-    lift_hold(sandbox, job)
 
 
 def history(sandbox: Sandbox, job: str) -> list[str]:
@@ -113,24 +106,6 @@ def test_high_preempts_low_with_a_warning(sandbox: Sandbox, workspace: Path, eve
 
 
 # --- accidents
-
-
-@slurm
-def test_cut_node_works_on_beside_its_successor(
-    sandbox: Sandbox, workspace: Path, eventually: Callable[..., None]
-) -> None:
-    script = f"while :; do date > {workspace}/$(hostname); sleep 0.2; done"
-    job = submit(sandbox, "--requeue", "--exclude=n1,n2", FOREVER, f"--wrap={script}")
-    eventually((workspace / "n3").exists, 10)
-    sandbox.cut("n3")
-    assert {machine.name for machine in sandbox.status() if machine.link == "cut"} == {"n3"}
-    start_again(sandbox, job, eventually)
-    eventually((workspace / "n4").exists)
-    (workspace / "n3").unlink()
-    eventually((workspace / "n3").exists, 5)  # split brain
-    sandbox.heal("n3")
-    assert sandbox.run("srun", "--nodelist=n3", "hostname").strip() == "n3"
-    sandbox.run("scancel", job)
 
 
 @slurm
