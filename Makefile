@@ -3,7 +3,7 @@
 # make check   style, types and floors alone
 # make prove-checkpoints   the slow proof: 500 kills of each engine, no checkpoint lost (half an hour)
 # make prove-corruption    the slow proof: 10,000 damages of each engine's, each found, named and passed over (some minutes)
-# make prove-timeouts      the slow proof: one run on a real Slurm through 200 time-outs (root; three quarters of an hour)
+# make prove-timeouts      the slow proof: four runs on a real Slurm through 200 time-outs (root; three quarters of an hour)
 PYTHON ?= python3
 BIN := .venv/bin
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from encdec.checkpoints.payload import ENGINES, payload_named
+from encdec.distributed import LONG_WORK
 
 Scope = Literal["one rank", "all ranks", "agent and all"]
 SCOPES: tuple[Scope, ...] = ("one rank", "all ranks", "agent and all")
@@ -34,9 +35,10 @@ PRUNE = "old ones are deleted"
 QUARANTINE = "a damaged one is moved away"
 CLEAR = "leftovers are cleared up"
 READ = "verifying and loading"
+AVERAGE = "the average at the end is made"
 ANY = "any operation on checkpoints"
 MOMENT = "any moment"
-PLACES = (COPY, SHARD, BETWEEN, MANIFEST, BEFORE, AFTER, REPLACE, PRUNE, QUARANTINE, CLEAR, READ, ANY, MOMENT)
+PLACES = (COPY, SHARD, BETWEEN, MANIFEST, BEFORE, AFTER, REPLACE, PRUNE, QUARANTINE, CLEAR, READ, AVERAGE, ANY, MOMENT)
 SHARED = (COPY, SHARD, BETWEEN, READ, ANY, MOMENT)
 """Places that every rank comes to; the others are rank 0's."""
 
@@ -78,6 +80,8 @@ class Operation:
 def classify(operation: Operation, before: str) -> str:
     """The place that ``operation`` belongs to, ``before`` being that of the operation before it in the same thread."""
     path, target = operation.path, operation.target
+    if before == AVERAGE or path.startswith(".average-"):
+        return AVERAGE
     if operation.kind == "copy":
         return COPY
     if operation.kind == "list" and before in ("", CLEAR):  # a start lists twice: what is left over, what is committed
@@ -154,7 +158,9 @@ class Watch:
     def _count(self, operation: Operation) -> None:
         if self._done:
             return
-        place = classify(operation, getattr(self._threads, "place", ""))
+        # without a mirror, the average is the one long work on checkpoints
+        first = AVERAGE if threading.current_thread().name.startswith(LONG_WORK) else ""
+        place = classify(operation, getattr(self._threads, "place", first))
         self._threads.place = place
         self._seen += 1
         self._matched += self._kill.place in (place, ANY)

@@ -14,6 +14,7 @@ from benchmarks.kill_points import ANY, MOMENT, QUARANTINE, REACHED, REPLACE, Ki
 from benchmarks.small_agent import Agent, BrokenChainError
 from benchmarks.undisturbed import Twin, differences, records_of
 from encdec.checkpoints import logical_digest
+from encdec.checkpoints.manifest import verify
 from encdec.errors import CheckpointError
 from encdec.files import RunPaths
 from encdec.records import RankResult, read_json_lines, read_record
@@ -221,6 +222,11 @@ class KilledRun:
             self.figures.lost.append(
                 f"{self.paths.root}: step-{committed} was committed, step-{self._newest} is newest"
             )
+        for average in self.paths.checkpoints.glob("average-*"):
+            try:
+                verify(average)
+            except CheckpointError as error:
+                self.figures.broken.append(f"{self.paths.root}: {error}")
         self._look_at_quarantine()
 
     def _compare(self, step: int, folder: Path) -> None:

@@ -45,6 +45,7 @@ DRAWN: dict[str, tuple[int, int]] = {
     at.QUARANTINE: (6, 4),
     at.CLEAR: (4, 6),
     at.READ: (8, 10),
+    at.AVERAGE: (6, 60),
     at.ANY: (6, 160),
     at.MOMENT: (10, 1),
 }
@@ -65,7 +66,7 @@ def draw(random_: random.Random, seconds_of_a_run: float) -> Kill:
         victim=random_.randrange(RANKS) if place in at.SHARED else 0,
         nth=random_.randint(1, DRAWN[place][1]),
         delay=random_.uniform(0, seconds_of_a_run / 2) if place == at.MOMENT else delay,
-        overdue=random_.randint(*OVERDUE),
+        overdue=10**6 if place == at.AVERAGE else random_.randint(*OVERDUE),  # its place comes at the end alone
     )
 
 

@@ -15,6 +15,7 @@ import argparse
 import itertools
 import random
 import shutil
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -22,12 +23,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from benchmarks.peers import markdown
 from benchmarks.slurm_peers import SlurmJob, new_sandbox, submit, wait_until
+from encdec.errors import EncdecError
 from encdec.records import ProcessRecord, read_json_lines, read_record
 from launchers.jobs import jobs_of
 
@@ -71,20 +74,21 @@ class Chain:
     broken: str = ""
     """Why it went on no more."""
 
-    def play(self, early: float, moments: random.Random, advance: Callable[[], None]) -> None:
+    def play(self, early: float, moments: random.Random, advance: Callable[[], None], given_up: Event) -> None:
         """Warn it again and again, each time 0 to ``early`` seconds after the first step; then have it stop."""
+        paths = self.job.paths
         try:
             wait_until(lambda: has_stepped(self.job, 0), "the first step")
             for attempt in range(self.warnings):
-                time.sleep(moments.uniform(0, early))
+                if given_up.wait(moments.uniform(0, early)):
+                    return
                 warn(self.job, attempt)
                 self.done += 1
                 advance()
-        except TimeoutError as error:
-            self.broken = f"{self.job.paths.root.name}: {error}; Slurm says {self.job.state() or 'nothing'}"
-        self.job.paths.stop_request.touch()
-        last = self.job.paths.attempt_numbers()[-1]
-        wait_until(self.job.paths.attempt(last).outcome.is_file, "the stop")
+            paths.stop_request.touch()
+            wait_until(paths.attempt(paths.attempt_numbers()[-1]).outcome.is_file, "the stop")
+        except (TimeoutError, EncdecError, subprocess.SubprocessError) as error:
+            self.broken = f"{paths.root.name}: {error}; Slurm says {self.job.state() or 'nothing'}"
 
     def steps(self) -> Counter[int]:
         """How often each step was computed."""
@@ -103,12 +107,16 @@ def play_all(chains: list[Chain], early: float, seed: int) -> None:
     with Progress(*columns, console=Console(stderr=True)) as bar, ThreadPoolExecutor(len(chains)) as pool:
         task = bar.add_task("continuations", total=sum(chain.warnings for chain in chains))
         draws = [random.Random(f"{seed} {number}") for number in range(len(chains))]
+        given_up = Event()
         played = [
-            pool.submit(chain.play, early, moments, lambda: bar.advance(task))
+            pool.submit(chain.play, early, moments, lambda: bar.advance(task), given_up)
             for chain, moments in zip(chains, draws, strict=True)
         ]
-        for chain in played:
-            chain.result()
+        try:
+            for chain in played:
+                chain.result()
+        finally:
+            given_up.set()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -141,13 +149,13 @@ def main(argv: list[str] | None = None) -> int:
                 for chain in chains:
                     shutil.move(chain.job.paths.root, arguments.keep)
     done, broken = sum(chain.done for chain in chains), [chain.broken for chain in chains if chain.broken]
-    lost = sum(max(steps) - len(steps) for steps in counts)
+    lost = sum(max(steps, default=0) - len(steps) for steps in counts)
     twice = sum(steps.total() - len(steps) for steps in counts)
     rows = [
         ["continuations", f"{done} of {arguments.continuations}"],
         ["of these by the net", str(by_net)],
         ["chains broken", "; ".join([str(len(broken)), *broken])],
-        ["steps computed", f"{sum(max(steps) for steps in counts):,}"],
+        ["steps computed", f"{sum(max(steps, default=0) for steps in counts):,}"],
         ["steps lost", str(lost)],
         ["steps computed twice", str(twice)],
         ["minutes", f"{(time.monotonic() - began) / 60:.0f}"],

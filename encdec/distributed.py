@@ -12,6 +12,8 @@ import torch.distributed as dist
 from encdec.errors import EncdecError
 
 T = TypeVar("T")
+LONG_WORK = "long-work"
+"""Begins the name of the thread in which rank 0 does what the others meet about."""
 SECONDS_BETWEEN_MEETINGS = 1.0
 Group = dist.ProcessGroup | None
 """Who takes part, always all ranks; None: the default group. A thread beside the training loop needs its own."""
@@ -83,7 +85,7 @@ def on_rank_zero_however_long(work: Callable[[], T]) -> T:
     """As ``on_rank_zero``, for work that may outlast a collective's timeout: the ranks meet while it goes on."""
     if not is_distributed():
         return work()
-    with ThreadPoolExecutor(max_workers=1) as pool:
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix=LONG_WORK) as pool:
         future = pool.submit(work) if rank() == 0 else None
         while not broadcast(future is not None and _done_within(future, SECONDS_BETWEEN_MEETINGS)):
             pass

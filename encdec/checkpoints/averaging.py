@@ -58,12 +58,17 @@ class Source:
 
 
 def choose_sources(
-    root: Path, last: int, progress: Progress = lambda count: None
+    root: Path,
+    last: int,
+    progress: Progress = lambda count: None,
+    *,
+    among: Callable[[Manifest], bool] = lambda manifest: True,
 ) -> tuple[list[Source], list[CheckpointError]]:
     """The newest ``last`` step checkpoints under ``root`` that verify, oldest first, and why others were passed over.
 
     Those count that the schedule of steps asked for: a signal or a person may have asked for more, and a run's average
-    must not depend on that. Links (``best``, ``final``) are other names of step checkpoints and never count.
+    must not depend on that. Links (``best``, ``final``) are other names of step checkpoints and never count; nor does
+    one of which ``among`` says no.
 
     Raises:
         CheckpointError: fewer than two verify; the average of one is itself.
@@ -75,7 +80,8 @@ def choose_sources(
         if folder.is_symlink() or len(sources) == last:
             continue
         try:
-            if read_manifest(folder).scheduled:
+            manifest = read_manifest(folder)
+            if manifest.scheduled and among(manifest):
                 sources.append(Source(folder, verify(folder, progress)))
         except CheckpointError as error:
             passed_over.append(error)
@@ -88,13 +94,20 @@ def choose_sources(
     return sources[::-1], passed_over
 
 
-def average(sources: Sequence[Source], out: Path, progress: Progress = lambda count: None) -> Manifest:
+def average(
+    sources: Sequence[Source],
+    out: Path,
+    progress: Progress = lambda count: None,
+    *,
+    before_commit: Callable[[], None] = lambda: None,
+) -> Manifest:
     """Write the arithmetic mean of the sources' weights to ``out``, which is there whole or not at all.
 
     Args:
         sources: verified checkpoints of one model, oldest first.
         out: the new checkpoint's folder.
         progress: told the bytes that each piece comes to, over all sources.
+        before_commit: called last; what it raises leaves nothing.
 
     Raises:
         CheckpointError: the sources are not of one model.
@@ -115,6 +128,7 @@ def average(sources: Sequence[Source], out: Path, progress: Progress = lambda co
             manifest = _manifest_of(staging, sources)
             write_manifest(staging, manifest)
             verify_names(staging, manifest)
+            before_commit()
     except FileExistsError:
         require_new(out)
         raise

@@ -153,7 +153,7 @@ class CheckpointManager:
         self.wait()
 
     def _prune(self, committed_step: int) -> None:
-        infos = [info for info in catalog.committed(self.output_dir) if self._is_own(info)]
+        infos = [info for info in catalog.committed(self.output_dir) if self.is_own(info)]
         for info in self.retention.spare(infos, self._best(infos), committed_step):
             folders.retire(self.output_dir / info.checkpoint_id)
 
@@ -239,13 +239,13 @@ class CheckpointManager:
             return False
         return distributed.on_rank_zero(lambda: folders.quarantine(folder, error))
 
-    def _is_own(self, made: CheckpointInfo | Manifest) -> bool:
+    def is_own(self, made: CheckpointInfo | Manifest) -> bool:
         """Whether this run made it, as far as both say which run they are of."""
         own = self._committer.run_identity
         return not own or made.run_identity in ("", own)
 
     def _require_own(self, folder: Path, manifest: Manifest) -> None:
-        if not self._is_own(manifest):
+        if not self.is_own(manifest):
             own, found = self._committer.run_identity, manifest.run_identity
             raise ForeignCheckpoint(
                 f"A run goes on by itself from its own checkpoints alone, not from {folder}",
@@ -308,7 +308,7 @@ class CheckpointManager:
     ) -> tuple[int, int, dict[str, Any]] | None:
         """Load the checkpoint with the best metric: (step, epoch, trainer state), or None where none has the metric."""
         self.wait()
-        best = distributed.on_rank_zero(lambda: self._best(filter(self._is_own, self.list_checkpoints())))
+        best = distributed.on_rank_zero(lambda: self._best(filter(self.is_own, self.list_checkpoints())))
         if best is None:
             return None
         state = self.load(self.output_dir / best.checkpoint_id, model, optimizer, scheduler)

@@ -203,9 +203,10 @@ class Partitions:
 
 def _unpickled(path: Path, *, outline: bool = False) -> dict[str, Any]:
     """What a file holds; as an ``outline``, its tensors have no numbers, and their storages say where these are."""
-    with reading(path, "DeepSpeed's state"), FakeTensorMode() if outline else contextlib.nullcontext():
-        try:
-            return torch.load(str(path), map_location="cpu", weights_only=False, pickle_module=_Restricted)
+    mode = FakeTensorMode() if outline else contextlib.nullcontext()
+    with reading(path, "DeepSpeed's state"), path.open("rb") as stream, mode:
+        try:  # of a stream, whose errors are storage's own; given a path, torch makes others of them
+            return torch.load(stream, map_location="cpu", weights_only=False, pickle_module=_Restricted)
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise ValueError(str(error).splitlines()[0]) from None
 

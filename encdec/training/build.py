@@ -33,7 +33,7 @@ from encdec.training.engines import start_engine
 from encdec.training.observers import Observer, Records, TensorBoard, TextLog, WeightsAndBiases
 from encdec.training.rules import require_memory
 from encdec.training.run_config import RunConfig
-from encdec.training.saving import averaged_from
+from encdec.training.saving import averaged, averaged_from
 from encdec.training.signals import Requests
 from encdec.training.trainer import Qwen3EncoderDecoderTrainer
 from encdec.weight_initialization import build_from_scratch, initialize_from_qwen3
@@ -201,7 +201,7 @@ def checkpoint_manager(run: RunConfig, paths: RunPaths, attempt: int, payload: s
     limit, mirror = run.config.training.save_total_limit, run.config.infra.checkpoint_mirror
     options: dict[str, Any] = {
         "payload": payload_named(payload),
-        "averaged": run.config.training.average_last,
+        "averaged": averaged(run.config.training),
         "averaged_from": averaged_from(run.config.training, run.num_train_steps),
         "attempt": attempt,
         "run_identity": run.identity,

@@ -191,7 +191,7 @@ class TrainingConfig(Section):
     save_total_limit: PositiveInt = 5
     """Checkpoints kept. The best, the last valid and those of the final average are never deleted."""
     average_last: NonNegativeInt = 5
-    """Last checkpoints of ``save_steps`` whose average a complete run makes; fewer than two: none."""
+    """Last checkpoints of ``save_steps`` whose average a complete run makes, kept until then; fewer than two: none."""
     eval_steps: PositiveInt = 500
     """Steps between evaluations."""
     eval_samples: NonNegativeInt = 1000

@@ -80,7 +80,10 @@ def finish(run: RunConfig, paths: RunPaths, result: TrainResult, trainer: Qwen3E
                 f"{item.metric} {item.value:.4f}, must be {item.comparison} {item.threshold:g}" for item in failed
             )
     if cause == "complete":
-        average_last(trainer.checkpoints, run.config.training.average_last, result.step)
+        average_last(
+            trainer.checkpoints, run.config.training.average_last, result.step,
+            scheduled=-(-result.step // run.config.training.save_steps), stop_asked=trainer.requests.stop_asked,
+        )  # fmt: skip
     log.info("%s: %s", cause, message)
     return {
         "cause": cause,

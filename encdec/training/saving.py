@@ -29,6 +29,11 @@ SECONDS_TO_LAND = 30.0
 """Left to a checkpoint that is being written when training ends by an error."""
 
 
+def averaged(training: TrainingConfig) -> int:
+    """How many checkpoints the average at the end takes: none, or two or more."""
+    return training.average_last if training.average_last >= 2 else 0
+
+
 def averaged_from(training: TrainingConfig, total_steps: int) -> int:
     """First step that the average at the end can need; 0 where training may stop early, at any step."""
     return 0 if training.early_stopping_enabled else max(0, total_steps - training.average_last * training.save_steps)

@@ -51,6 +51,11 @@ class Requests:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.signal_name = signal.Signals(number).name
 
+    def stop_asked(self) -> bool:
+        """Whether this rank should stop what takes long; from any thread."""
+        wishes = self.look()
+        return wishes.signalled or wishes.stop
+
     def look(self) -> Wishes:
         """What this rank sees now; a save request is taken away once seen."""
         stop = save = False

@@ -175,9 +175,12 @@ class Run:
         be over before Slurm looks.
         """
         whole = ["--nodes=4", "--exclusive", "--partition=high", "--time=5", "--output=/dev/null", "--wrap=sleep 600"]
+        queued = len(self.events("successor_queued"))  # one in advance
         with standing_still(self.paths):
             high = self.slurm("sbatch", "--parsable", *whole).strip()
-            self.eventually(lambda: self.events("successor_queued") or self.state(self.job) != "RUNNING", 60)
+            self.eventually(
+                lambda: len(self.events("successor_queued")) > queued or self.state(self.job) != "RUNNING", 60
+            )
         self.eventually(lambda: self.state(high) == "RUNNING", 60)
         self.slurm("scancel", high)
 

@@ -12,6 +12,7 @@ from encdec.checkpoints.pruning import DEFAULT_AVERAGED
 from encdec.command_line import Help, Parser
 
 RUN = "run directory, or its checkpoints folder"
+RUNS_OWN = f"default: training.average_last of the run, else {DEFAULT_AVERAGED}"
 Tool = Callable[[argparse.Namespace], int]
 
 
@@ -44,7 +45,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     command = add("average", average.show, "The mean of the newest step checkpoints' weights, as a checkpoint.")
     command.add_argument("run", type=Path, help=RUN)
     command.add_argument("out", type=Path, help="folder of the new checkpoint; must not exist")
-    command.add_argument("--last", type=_at_least(2), default=DEFAULT_AVERAGED, help="step checkpoints to average")
+    command.add_argument("--last", type=_at_least(2), help=f"step checkpoints to average ({RUNS_OWN})")
 
     _export(add("export", export.show, "A Hugging Face directory, for from_pretrained."))
     _prune(add("prune", prune.show, "Delete old checkpoints; never the last valid one, nor the best."))
@@ -69,8 +70,7 @@ def _prune(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--average",
         type=_at_least(0),
-        default=DEFAULT_AVERAGED,
-        help="newest valid checkpoints that an average needs, kept as well; 0: no average is wanted",
+        help=f"newest valid checkpoints that an average needs, kept as well; 0: no average is wanted ({RUNS_OWN})",
     )
     command.add_argument("--dry-run", action="store_true", help="say what would go; delete nothing")
 

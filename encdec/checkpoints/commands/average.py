@@ -7,11 +7,20 @@ import sys
 
 from encdec.checkpoints import folders
 from encdec.checkpoints.averaging import average, bytes_to_read, choose_sources, require_new
-from encdec.checkpoints.commands.shared import checkpoints_of, megabytes, print_json, progress_bar, size_of, writing
+from encdec.checkpoints.commands.shared import (
+    averaged_by,
+    checkpoints_of,
+    megabytes,
+    print_json,
+    progress_bar,
+    size_of,
+    writing,
+)
 
 
 def show(arguments: argparse.Namespace) -> int:
-    root, last = checkpoints_of(arguments.run).output_dir, arguments.last
+    root = checkpoints_of(arguments.run).output_dir
+    last = arguments.last or max(2, averaged_by(arguments.run))
     require_new(arguments.out)
     newest = folders.committed_steps(root)[-last:]
     with progress_bar("verifying", sum(size_of(root / f"step-{step}") for step in newest)) as progress:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 
-from encdec.checkpoints.commands.shared import checkpoints_of, megabytes, print_json, progress_bar, writing
+from encdec.checkpoints.commands.shared import averaged_by, checkpoints_of, megabytes, print_json, progress_bar, writing
 from encdec.checkpoints.pruning import prune
 
 
 def show(arguments: argparse.Namespace) -> int:
     manager = checkpoints_of(arguments.run)
-    total = sum(info.bytes for info in manager.list_checkpoints()[-max(arguments.keep, arguments.average, 1) :])
+    averaged = averaged_by(arguments.run) if arguments.average is None else arguments.average
+    total = sum(info.bytes for info in manager.list_checkpoints()[-max(arguments.keep, averaged, 1) :])
     with progress_bar("verifying", total) as progress, writing(manager.output_dir):
-        verdicts = prune(
-            manager, arguments.keep, averaged=arguments.average, dry_run=arguments.dry_run, progress=progress
-        )
+        verdicts = prune(manager, arguments.keep, averaged=averaged, dry_run=arguments.dry_run, progress=progress)
     if arguments.json:
         print_json({"dry_run": arguments.dry_run, "checkpoints": [asdict(verdict) for verdict in verdicts]})
         return 0

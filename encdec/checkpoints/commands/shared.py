@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from encdec.checkpoints import CheckpointManager
 from encdec.checkpoints.manifest import MANIFEST, read_manifest
+from encdec.checkpoints.pruning import DEFAULT_AVERAGED
 from encdec.errors import CheckpointError, EncdecError
 from encdec.files import RunPaths
 
@@ -39,6 +41,15 @@ def checkpoints_of(path: Path) -> CheckpointManager:
     """The checkpoints of a run directory, or of a folder of them."""
     inside = RunPaths(path).checkpoints
     return CheckpointManager(inside if os.path.lexists(inside) else require_folder(path))
+
+
+def averaged_by(path: Path) -> int:
+    """How many checkpoints a run averages at its end: ``training.average_last`` of its run.yaml, where that says it."""
+    try:
+        config = yaml.safe_load(RunPaths(path).run_yaml.read_text(encoding="utf-8"))["config"]
+        return int(config["training"]["average_last"])
+    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
+        return DEFAULT_AVERAGED
 
 
 def is_checkpoint(path: Path) -> bool:

@@ -72,13 +72,14 @@ def test_damaged_checkpoint_and_kills_while_it_is_moved_away(lab: tuple[Twin, Pa
         for nth in (1, 2, 1):  # before the folder is made; before the move; before the reason is written
             assert run.go_on(Kill(at.QUARANTINE, "agent and all", 0, nth, 0.0, 10**6))
         assert run.go_on(Kill(at.REPLACE, "all ranks", 0, 2, 0.0, 10**6))  # between the two renames
+        assert run.go_on(Kill(at.AVERAGE, "all ranks", 0, 40, 0.0, 10**6))  # its files are there, its name is not
         run.go_on(None)
     finally:
         run.close()
     assert figures.failures == []
     assert run.complete
     assert figures.quarantined >= 1
-    assert {place for place, _ in figures.kills} == {at.AFTER, at.QUARANTINE, at.REPLACE}
+    assert {place for place, _ in figures.kills} == {at.AFTER, at.QUARANTINE, at.REPLACE, at.AVERAGE}
 
 
 @pytest.mark.parametrize(
@@ -104,6 +105,8 @@ def test_damaged_checkpoint_and_kills_while_it_is_moved_away(lab: tuple[Twin, Pa
         (Operation("remove", "step-4.tmp-0"), at.CLEAR, at.CLEAR),
         (Operation("list", ""), at.CLEAR, at.READ),
         (Operation("rename", "step-4.tmp-replaced-7", "step-4"), "", at.CLEAR),
+        (Operation("read", "step-4/manifest.json"), at.AVERAGE, at.AVERAGE),
+        (Operation("read", ".average-4.x_1.tmp/fsdp2/.metadata"), "", at.AVERAGE),
     ],
 )
 def test_operations_are_told_apart(operation: Operation, before: str, place: str):

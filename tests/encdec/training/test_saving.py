@@ -187,7 +187,17 @@ def test_run_without_room_for_a_checkpoint_does_not_begin(made, disk: Path):
     assert lab.train().cause == "complete"  # nothing to save, nothing to ask for
 
 
-@pytest.mark.parametrize(("stops_early", "steps", "first"), [(True, 1000, 0), (False, 1000, 500), (False, 300, 0)])
-def test_checkpoints_of_the_average_are_known(stops_early: bool, steps: int, first: int):
-    training = TrainingConfig(early_stopping_enabled=stops_early, save_steps=100)
-    assert saving.averaged_from(training, steps) == first
+@pytest.mark.parametrize(
+    ("stops_early", "last", "steps", "count", "first"),
+    [
+        (True, 5, 1000, 5, 0),
+        (False, 5, 1000, 5, 500),
+        (False, 5, 300, 5, 0),
+        (False, 2, 1000, 2, 800),
+        (False, 0, 1000, 0, 1000),
+        (True, 1, 1000, 0, 0),
+    ],
+)
+def test_checkpoints_of_the_average_are_known(stops_early: bool, last: int, steps: int, count: int, first: int):
+    training = TrainingConfig(early_stopping_enabled=stops_early, save_steps=100, average_last=last)
+    assert (saving.averaged(training), saving.averaged_from(training, steps)) == (count, first)
