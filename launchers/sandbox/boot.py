@@ -92,6 +92,7 @@ def _database(layout: Layout) -> tuple[str, ...]:
         "--no-defaults",
         "--user=root",
         f"--datadir={layout.database}",
+        f"--tmpdir={layout.run}",  # names there are made of process ids, which two sandboxes have alike
         "--performance-schema=OFF",
         "--innodb-buffer-pool-size=32M",
         "--innodb-log-file-size=8M",

@@ -140,9 +140,10 @@ class Sandbox:
         def report(what: str) -> None:
             say(f"{time.monotonic() - began:5.1f} s  {what}")
 
-        blueprint = Blueprint(shape=shape, subnet=network.free_subnet(str(self.layout.root)))
-        self._write_files(blueprint)
-        self._boot(SITE)
+        with network.choosing():
+            blueprint = Blueprint(shape=shape, subnet=network.free_subnet(str(self.layout.root)))
+            self._write_files(blueprint)
+            self._boot(SITE)
         report("switch and munge")
         for name in (CONTROLLER, *shape.names):
             self._boot(name)

@@ -6,9 +6,13 @@ Only the last one can be seen from outside. The switch lives in a namespace so t
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
+import os
 import subprocess
+from collections.abc import Iterator
 
 from encdec.errors import EncdecError
 from launchers.sandbox.processes import Identity
@@ -61,6 +65,17 @@ def links_up(site: Identity) -> set[str]:
     """The names of the machines whose cable is not cut."""
     found = subprocess.run(_enter(site, ["ip", "-json", "link"]), capture_output=True, text=True, check=True).stdout
     return {link["ifname"] for link in json.loads(found) if "UP" in link["flags"]}
+
+
+@contextlib.contextmanager
+def choosing() -> Iterator[None]:
+    """One sandbox of this machine at a time: what ``free_subnet`` finds is free until it is in use."""
+    handle = os.open("/run", os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def free_subnet(seed: str) -> str:

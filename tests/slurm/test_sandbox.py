@@ -149,6 +149,21 @@ def test_up_twice_is_kind_and_down_leaves_nothing_but_what_is_not_ours(
 
 
 @slurm
+def test_sandboxes_that_come_up_at_once_are_two(able: None, workspace: Path) -> None:
+    places = [workspace / name for name in ("one", "other")]
+    command = [sys.executable, "-m", "launchers.sandbox"]
+    ups = [subprocess.Popen([*command, "up", "--nodes", "1", "--gpus", "0", "--dir", str(place)]) for place in places]
+    try:
+        assert [up.wait() for up in ups] == [0, 0]
+        assert len({Layout(place).blueprint().subnet for place in places}) == 2
+        for place in places:
+            assert Sandbox(place).run("srun", "hostname").strip() == "n1"
+    finally:
+        for place in places:
+            assert main(["down", "--dir", str(place)]) == 0
+
+
+@slurm
 def test_failed_up_shows_the_log_and_leaves_nothing(
     able: None, workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
