@@ -26,8 +26,8 @@ demo: install
 	$(BIN)/python -m launchers.submit --phase sanity_check --config configs/tiny.yaml --cluster local
 
 test: slurm-packages check
-	@# two at a time, by files: the tests on a real Slurm wait for its clocks half of their time
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	@# two at a time: the tests on a real Slurm wait for its clocks half of their time
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 # Debian's Slurm for the tests on a real cluster; without root they skip and say so
 slurm-packages: install

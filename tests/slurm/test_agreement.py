@@ -109,7 +109,7 @@ def test_what_does_not_fit_is_found(squeue: tuple[str, str], sacct: str, status:
 def test_four_nodes_of_two_ranks(lab: Lab, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch):
     cluster, paths, looks = Cluster(lab, sandbox), RunPaths(lab.root / "run"), []
     monkeypatch.setenv("SLURM_CONF", str(sandbox.layout.slurm_conf))
-    fewer = ("--set", "training.num_train_steps=40", "--set", "training.eval_steps=40")
+    fewer = ("--set", "training.num_train_steps=20", "--set", "training.eval_steps=20")
     command = lab.start(
         "launchers.submit", "--phase", "sanity_check", "--nodes", "4", "--config", "configs/tiny.yaml", "--wait",
         "--run-dir", str(paths.root), "--set", f"data.packed_dir={lab.packed}", *fewer, launcher=cluster.python,
@@ -123,7 +123,7 @@ def test_four_nodes_of_two_ranks(lab: Lab, sandbox: Sandbox, monkeypatch: pytest
     assert command.returncode == 0, output
     assert contradictions(looks) == []
     assert any(seen.squeue == ("RUNNING", "RUNNING") and seen.sacct == "RUNNING" for seen in looks)
-    assert outcome(paths)["step"] == 40
+    assert outcome(paths)["step"] == 20
     assert len(list(paths.attempt(0).root.glob("logs/node-[0-3]/rank-[0-7].restart-0.err"))) == 8
     assert "FSDP2 over 8 ranks" in (paths.attempt(0).rank_logs(0) / "rank-0.restart-0.err").read_text()
     job = json.loads(paths.job.read_text())["job"]

@@ -1,4 +1,4 @@
-"""The sandbox is a real cluster: jobs run, accidents have the consequences they have elsewhere, and nothing stays."""
+"""The sandbox is a real cluster: jobs run, impossible ones are refused, nothing stays. (Accidents: test_accidents.)"""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ from launchers.sandbox.cluster import Sandbox
 from launchers.sandbox.layout import Blueprint, Layout, Shape
 
 slurm = pytest.mark.slurm
-FOREVER = "--time=10"
-"""Minutes: longer than any test."""
 
 
 def submit(sandbox: Sandbox, *argv: str, user: str | None = None) -> str:
@@ -91,31 +89,6 @@ def test_nodes_run_this_python_and_reach_each_other_by_name(sandbox: Sandbox) ->
 def test_impossible_jobs_are_refused_at_submission(sandbox: Sandbox, wrong: list[str]) -> None:
     with pytest.raises(EncdecError, match="Batch job submission failed"):
         submit(sandbox, *wrong, "--wrap=true")
-
-
-@slurm
-def test_high_preempts_low_with_a_warning(sandbox: Sandbox, workspace: Path, eventually: Callable[..., None]) -> None:
-    (workspace / "task.sh").write_text(f"trap 'touch {workspace}/warned; exit' USR2; while :; do sleep 0.1; done")
-    whole = ["--nodes=4", "--exclusive", FOREVER]
-    low = submit(sandbox, "-p", "low", *whole, "--signal=USR2@60", f"--wrap=srun sh {workspace}/task.sh")
-    eventually(lambda: history(sandbox, low) == ["RUNNING"], 10)
-    high = submit(sandbox, "-p", "high", *whole, "--wrap=sleep 600")
-    eventually((workspace / "warned").exists, 10)
-    eventually(lambda: history(sandbox, high) == ["RUNNING"], 20)
-    sandbox.run("scancel", low, high)
-
-
-# --- accidents
-
-
-@slurm
-def test_controller_outage_loses_no_running_job(sandbox: Sandbox, eventually: Callable[..., None]) -> None:
-    job = submit(sandbox, FOREVER, "--wrap=sleep 600")
-    eventually(lambda: history(sandbox, job) == ["RUNNING"], 10)
-    sandbox.crash("ctl")
-    sandbox.heal("ctl")
-    assert history(sandbox, job) == ["RUNNING"]
-    sandbox.run("scancel", job)
 
 
 # --- coming and going
