@@ -56,20 +56,6 @@ def test_requeued_job_that_dies_before_it_runs_is_continued_all_the_same(submit,
     assert json.loads(run.paths.attempt(1).process.read_text())["job"] == queued["job"]
 
 
-def test_successor_goes_on_where_its_predecessor_stopped(submit, twin: RunPaths, twin_digest: str):
-    run = submit("--continue-by", "successor")
-    wait_for_step(run.paths, 10)
-    second = run.successor()
-    assert second is not None and run.state(second) == "PENDING"
-    run.warn()
-    run.ends_like(twin, twin_digest)
-    assert [step for steps in run.steps() for step in steps] == list(range(1, 61))
-    [cancelled] = run.events("successor_cancelled", 1)  # the work is done: the third job is not needed
-    assert run.state(cancelled["job"]) == "CANCELLED"
-    assert json.loads(run.paths.attempt(1).process.read_text())["job"] == second
-    assert run.cluster.history(run.job) != ["REQUEUED"]
-
-
 def test_save_slower_than_the_warning_leaves_a_continued_run(submit, twin: RunPaths, twin_digest: str):
     """Storage so slow that the ranks stand still in the middle of their save, until the time limit ends the job."""
     run = submit("--time", "10")

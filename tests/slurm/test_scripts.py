@@ -16,7 +16,7 @@ from encdec.records import read_json_lines
 from launchers.sandbox.cluster import Sandbox
 from launchers.script import UNKNOWN_SUBMISSION
 from tests.conftest import MICRO, PATIENCE_SECONDS, REPOSITORY, Lab, losses, wait_for_step
-from tests.slurm.conftest import lift_hold
+from tests.slurm.conftest import ledger, lift_hold
 
 pytestmark = pytest.mark.slurm
 SCRIPT = "slurm/sanity_check.sbatch"
@@ -105,28 +105,13 @@ def test_slurm_accepts_the_scripts(script: Path, sandbox: Sandbox):
     sandbox.run("sbatch", "--test-only", str(script))
 
 
-def test_two_nodes_by_hand_compute_what_one_machine_computes(
-    hand: Hand, twin: RunPaths, twin_digest: str, eventually: Eventually
-):
-    elsewhere = hand.lab.root  # sbatch was typed in a folder that knows nothing of the repository
-    job = hand.sbatch(folder=elsewhere)
-    eventually(lambda: hand.history(job) == ["COMPLETED|0:0"], PATIENCE_SECONDS)
-    assert losses(hand.paths) == losses(twin)
-    assert hand.lab.digest(hand.paths.checkpoints / "step-60") == twin_digest
-    assert hand.log.read_text() == f"job {job} runs {hand.paths.root}; its output is in {hand.paths.submitit}\n"
-    again = hand.sbatch()
-    eventually(lambda: hand.history(again) == ["COMPLETED|0:0"], PATIENCE_SECONDS)
-    assert "is complete: nothing left to do" in hand.log.read_text()
-    assert hand.paths.attempt_numbers() == [0]
-    code, output = hand.submit("--wait")
-    assert code == 0 and "nothing left to do" in output
-
-
 def test_warned_job_goes_on_with_its_own_run_whatever_becomes_of_the_checkout(
     hand: Hand, twin: RunPaths, twin_digest: str, eventually: Eventually
 ):
-    job = hand.sbatch()
+    job = hand.sbatch(folder=hand.lab.root)  # typed in a folder that knows nothing of the repository
     wait_for_step(hand.paths, 10)
+    assert hand.log.read_text() == f"job {job} runs {hand.paths.root}; its output is in {hand.paths.submitit}\n"
+    mine = hand.config.read_text()
     hand.config.write_text("another: configuration")
     hand.sandbox.run("scancel", "--signal=USR2", job)
     eventually(lambda: hand.sandbox.run("squeue", "-h", "-j", job, "-o", "%T") == "PENDING\n", 20)
@@ -140,6 +125,11 @@ def test_warned_job_goes_on_with_its_own_run_whatever_becomes_of_the_checkout(
     assert losses(hand.paths) == losses(twin)
     assert hand.lab.digest(hand.paths.checkpoints / "step-60") == twin_digest
     eventually(lambda: hand.history(job) == ["REQUEUED|0:0", "COMPLETED|0:0"], 10)
+    hand.config.write_text(mine)
+    again = hand.sbatch()
+    eventually(lambda: hand.history(again) == ["COMPLETED|0:0"], PATIENCE_SECONDS)
+    assert "is complete: nothing left to do" in hand.log.read_text()
+    assert hand.paths.attempt_numbers() == [0, 1]
 
 
 def test_successor_gets_a_script_that_stands_alone(
@@ -153,6 +143,8 @@ def test_successor_gets_a_script_that_stands_alone(
     assert hand.history(f"{job}.0") == ["FAILED|75:0"]
     what = ("NumNodes=2", "TimeLimit=00:10:00", "CPUs/Task=1", "TresPerNode=gres:gpu:1")
     shown = hand.sandbox.run("scontrol", "show", "job", successor)
+    [cancelled] = ledger(hand.paths.attempt(1).events("node-0"), "successor_cancelled")  # a third job is not needed
+    assert hand.history(cancelled["job"])[0].startswith("CANCELLED")
     assert [fact for fact in what if fact not in shown] == []
     assert [step for steps in hand.steps() for step in steps] == list(range(1, 61))
     assert hand.lab.digest(hand.paths.checkpoints / "step-60") == twin_digest

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from encdec.files import RunPaths
-from tests.conftest import losses, wait_for_step
-from tests.slurm.conftest import Cluster, ledger, outcome
+from tests.conftest import losses
+from tests.slurm.conftest import Cluster, ledger
 
 pytestmark = pytest.mark.slurm
 
@@ -35,18 +35,6 @@ def test_two_nodes_compute_what_one_machine_computes(
     code, output = cluster.submit(paths, "--wait")
     assert code == 0 and "nothing left to do" in output
     assert paths.attempt_numbers() == [0] and len(ledger(paths.events, "submitted")) == 1
-
-
-def test_scancel_is_final_and_loses_no_step(cluster: Cluster, eventually: Callable[..., None]):
-    paths = RunPaths(cluster.lab.root / "run")
-    job = cluster.queue(paths)
-    wait_for_step(paths, 10)
-    cluster.sandbox.run("scancel", job)
-    eventually(paths.attempt(0).outcome.is_file, 10)
-    assert outcome(paths)["exit_code"] == 75 and outcome(paths)["checkpoint_verified"]
-    eventually(lambda: ledger(paths.attempt(0).events("node-0"), "ended"), 10)
-    assert not ledger(paths.attempt(0).events("node-0"), "requeued")
-    eventually(lambda: cluster.sandbox.run("squeue", "-h", "-j", job, "-t", "all", "-o", "%T") == "CANCELLED\n", 10)
 
 
 @pytest.mark.parametrize(
