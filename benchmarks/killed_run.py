@@ -71,6 +71,8 @@ class KilledRun:
         self._damaged: dict[int, int] = {}
         """Inode of what was damaged on purpose, by step, until the step is committed again."""
         self._damaged_ever: set[int] = set()
+        self._deleted: dict[int, int] = {}
+        """How often a step had been committed that retention had deleted when a newer one was damaged."""
         self._sound: set[tuple[int, int, int]] = set()
         self._last_place = ""
         self._seen: set[int] = set()
@@ -182,6 +184,7 @@ class KilledRun:
         self._damaged[whole[-1]] = folder.stat().st_ino
         self._damaged_ever.add(folder.stat().st_ino)
         self._newest = whole[-2]
+        self._deleted = {step: times for step, times in self._committed().items() if step not in self._whole()}
 
     # ---- what must be true
 
@@ -217,7 +220,14 @@ class KilledRun:
                 self._compare(step, folder)
                 self._sound.add((step, facts.st_ino, facts.st_mtime_ns))
         self._newest = max((step for step in whole if step not in self._damaged), default=0)
-        committed = max((step for step in self._committed() if step not in self._damaged), default=0)
+        committed = max(
+            (
+                step
+                for step, times in self._committed().items()
+                if step not in self._damaged and self._deleted.get(step) != times
+            ),
+            default=0,
+        )
         if committed > self._newest:
             self.figures.lost.append(
                 f"{self.paths.root}: step-{committed} was committed, step-{self._newest} is newest"
@@ -239,10 +249,11 @@ class KilledRun:
         if not same and step in self.twin.digests:
             self.figures.differences.append(f"{folder}: another state than the twin's at that step")
 
-    def _committed(self) -> set[int]:
-        """Steps whose commit was told in the ledger."""
+    def _committed(self) -> Counter[int]:
+        """How often the commit of a step was told in the ledger."""
         ledgers = [self.paths.attempt(number).events("rank-0") for number in self.paths.attempt_numbers()]
-        return {entry["step"] for ledger in ledgers for entry in read_json_lines(ledger) if entry["event"] == "saved"}
+        entries = [entry for ledger in ledgers for entry in read_json_lines(ledger)]
+        return Counter(entry["step"] for entry in entries if entry["event"] == "saved")
 
     def _look_at_quarantine(self) -> None:
         shelf = self.paths.checkpoints / "quarantine"
