@@ -1,7 +1,7 @@
 # make demo    set up, then train the tiny model here, on two processes, to the end of its first phase
 # make test    set up, then check style, types and floors, then run all tests
 # make check   style, types and floors alone
-# make prove-checkpoints   the slow proof: 500 kills of each engine, no checkpoint lost (half an hour)
+# make prove-checkpoints   the slow proof: 500 kills of each engine, no checkpoint lost (forty minutes)
 # make prove-corruption    the slow proof: 10,000 damages of each engine's, each found, named and passed over (some minutes)
 # make prove-timeouts      the slow proof: four runs on a real Slurm through 200 time-outs (root; three quarters of an hour)
 PYTHON ?= python3
