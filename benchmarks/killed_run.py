@@ -148,11 +148,11 @@ class KilledRun:
             raise BrokenChainError(f"{self.paths.root}: attempt {agent.attempt}, warned, ended with {codes}")
         self._look_at_steps(agent)
         self._last_place = ""
-        self._end_of_attempt()
+        self._end_of_attempt(warned=True)
         if not self.complete:
             self._check()
 
-    def _end_of_attempt(self) -> None:
+    def _end_of_attempt(self, *, warned: bool = False) -> None:
         """The ranks have ended by themselves: the run is complete, or was stopped."""
         assert self._agent
         result = read_record(self.paths.attempt(self._agent.attempt).result, RankResult)
@@ -160,7 +160,7 @@ class KilledRun:
         self.complete = result.cause == "complete"
         if self.complete:
             self.figures.runs += 1
-            found = differences(self.paths, self.twin)
+            found = differences(self.paths, self.twin, warned=warned)
             self.figures.differences += [f"{self.paths.root}: {line}" for line in found]
             self._check()
 

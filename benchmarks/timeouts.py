@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
         ["minutes", f"{(time.monotonic() - began) / 60:.0f}"],
     ]
     print(markdown(["", ""], rows))
-    return 1 if broken or lost or twice else 0
+    return 1 if broken or lost or twice or done < arguments.continuations else 0
 
 
 if __name__ == "__main__":

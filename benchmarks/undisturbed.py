@@ -20,6 +20,7 @@ from encdec.training.run_config import resolve_run
 
 STEPS, SAVE_STEPS = 60, 4
 KEPT = 3
+AVERAGE = "digest of the average"
 SETTINGS = (
     f"training.num_train_steps={STEPS}",
     f"training.save_steps={SAVE_STEPS}",
@@ -101,10 +102,11 @@ def end_of(paths: RunPaths) -> dict[str, Any]:
     told = [entry for attempt in attempts for entry in read_json_lines(attempt.events("rank-0"))]
     result = read_record(attempts[-1].result, RankResult)
     last = listed(paths)[-1]
+    average = paths.checkpoints / f"average-{last.step}"
     gate = json.loads((paths.gates / "sanity_check.json").read_text())
     return {
         "digest of the last checkpoint": logical_digest(paths.checkpoints / last.checkpoint_id),
-        "digest of the average": logical_digest(paths.checkpoints / f"average-{last.step}"),
+        AVERAGE: logical_digest(average) if average.exists() else None,
         "step and metrics of the last checkpoint": (last.step, last.metrics),
         "state of the trainer": json.loads((paths.checkpoints / last.checkpoint_id / TRAINER_STATE).read_text()),
         "steps": {record["step"]: [record[name] for name in OF_THE_RUN] for record in records_of(paths)},
@@ -114,9 +116,15 @@ def end_of(paths: RunPaths) -> dict[str, Any]:
     }
 
 
-def differences(paths: RunPaths, twin: Twin) -> list[str]:
-    """In what a complete run differs from its twin, one line each."""
+def differences(paths: RunPaths, twin: Twin, *, warned: bool = False) -> list[str]:
+    """In what a complete run differs from its twin, one line each.
+
+    Args:
+        warned: it was asked to stop as it ended, and may have left without its average.
+    """
     end = end_of(paths)
+    if warned and end[AVERAGE] is None:
+        end[AVERAGE] = twin.end[AVERAGE]
     found = [f"{name} differs from the twin's" for name, value in twin.end.items() if end[name] != value]
     kept, wanted = ({info.checkpoint_id for info in listed(each)} for each in (paths, twin.paths))
     if not kept >= wanted:  # one more is there where the last kill came before the last deletion

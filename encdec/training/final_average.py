@@ -37,8 +37,8 @@ def average_last(
     Raises:
         FencedError: a newer attempt exists.
     """
-    if last >= 2 and scheduled >= 2:
-        wanted = min(last, scheduled)
+    wanted = min(last, scheduled)
+    if wanted >= 2:
         distributed.on_rank_zero_however_long(lambda: _make(checkpoints, wanted, step, stop_asked))
 
 

@@ -10,8 +10,10 @@ import pytest
 from encdec.checkpoints import CheckpointManager
 from encdec.checkpoints import __main__ as command
 from encdec.checkpoints.catalog import CheckpointInfo
+from encdec.checkpoints.commands.shared import averaged_by
 from encdec.checkpoints.pruning import Examined, judge
 from encdec.errors import CheckpointError, UnreadableCheckpoint
+from encdec.files import RunPaths
 from tests.encdec.checkpoints.damage import Lab, flip, payload
 from tests.encdec.checkpoints.test_unreadable_storage import loop
 
@@ -109,3 +111,13 @@ def test_table(faults, best, keep, averaged, stay):
     verdicts = judge(examined, infos[best - 1] if best else None, keep, averaged)
     assert {int(v.checkpoint_id.removeprefix("step-")) for v in verdicts if v.stays} == stay
     assert all(verdict.why for verdict in verdicts)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [(None, 5), ("config: {training: {average_last: 7}}", 7), ("config: {training: {}}", 5), ("[", 5)],
+)
+def test_run_says_how_many_its_average_needs(tmp_path: Path, text: str | None, count: int):
+    if text is not None:
+        RunPaths(tmp_path).run_yaml.write_text(text)
+    assert averaged_by(tmp_path) == count
