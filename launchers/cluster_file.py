@@ -14,7 +14,8 @@ from pydantic import Field, ValidationError, field_validator
 
 import launchers
 from encdec.errors import ConfigError
-from encdec.training.config import Section, explain
+from encdec.training.config import Section
+from encdec.training.config_errors import explain
 from encdec.training.yaml_values import read_yaml
 from launchers.arguments import BUILT_IN_CLUSTERS, SLURM_TIME
 

@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError
 
 from encdec.errors import ConfigError
-from encdec.training.config import FullConfig, Section, explain
+from encdec.training.config import FullConfig, Section
+from encdec.training.config_errors import explain
 
 Auto = Literal["auto"]
 BUCKET_ELEMENTS = {"cuda": 2 * 10**8, "cpu": 10**6}
