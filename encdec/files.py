@@ -226,6 +226,11 @@ class RunPaths:
         return self.root / "model"
 
     @property
+    def origin(self) -> Path:
+        """Which weights the run has begun from, where its configuration does not say it all (an Origin)."""
+        return self.root / "origin.json"
+
+    @property
     def gates(self) -> Path:
         return self.root / "gates"
 

@@ -41,7 +41,7 @@ def build_from_scratch(config: Qwen3EncoderDecoderConfig, seed: int) -> Qwen3For
 
     Every rank that calls this gets the same weights, whatever the world size. torch's global generator is untouched.
     """
-    model = _allocate(config, torch.float32)
+    model = allocate(config, torch.float32)
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)  # not torch.manual_seed, which would reseed the GPUs too
         model.initialize_weights()
@@ -54,6 +54,7 @@ def initialize_from_qwen3(
     *,
     tokenizer: Qwen3EncoderDecoderTokenizer | None = None,
     dtype: torch.dtype = torch.float32,
+    fill: bool = True,
 ) -> Qwen3ForSeq2SeqLM:
     """Build the encoder-decoder of a pretrained decoder-only Qwen3; encoder and decoder both start from its layers.
 
@@ -66,6 +67,8 @@ def initialize_from_qwen3(
         tokenizer: settles the token ids where given, and is checked against the result. Needed where the tokenizer
             leaves rows of the embedding unused and the vocabulary is not Qwen3's own.
         dtype: of the result, on the CPU.
+        fill: False leaves the parameters without values, for weights that come from elsewhere; only the source's
+            config.json is read.
 
     Returns:
         The model. Its tokenizer is `Qwen3EncoderDecoderTokenizer.from_pretrained(<same>, num_sentinel_tokens=<same>)`.
@@ -74,19 +77,21 @@ def initialize_from_qwen3(
         MissingPrerequisite: no such directory, no such model on the hub or no way there, or files are missing.
         ConfigError: the source is no Qwen3, or its keys or shapes are not what its config says.
     """
-    directory = _checkpoint_directory(str(model_name_or_path))
+    directory = _checkpoint_directory(str(model_name_or_path), ["*.safetensors", "*.json"] if fill else ["config.json"])
     config = Qwen3EncoderDecoderConfig.from_qwen3_config(
         _read_qwen3_config(directory), num_sentinel_tokens, **_token_ids(tokenizer)
     )
     if tokenizer is not None:
         tokenizer.assert_matches(config)
-    model = _allocate(config, dtype)
+    model = allocate(config, dtype)
+    if not fill:
+        return model
     _fill_parameters(model, directory)
     _fill_unused_rows(model.shared.weight, config.sentinel_start_id)
     return model
 
 
-def _allocate(config: Qwen3EncoderDecoderConfig, dtype: torch.dtype) -> Qwen3ForSeq2SeqLM:
+def allocate(config: Qwen3EncoderDecoderConfig, dtype: torch.dtype) -> Qwen3ForSeq2SeqLM:
     """A model whose parameters hold no values yet; its buffers do."""
     with no_init_weights():
         return AutoModelForSeq2SeqLM.from_config(config, dtype=dtype)
@@ -99,12 +104,12 @@ def _token_ids(tokenizer: Qwen3EncoderDecoderTokenizer | None) -> dict[str, int]
     return ids | {"sentinel_start_id": min(tokenizer.sentinel_ids, default=len(tokenizer))}
 
 
-def _checkpoint_directory(model_name_or_path: str) -> Path:
+def _checkpoint_directory(model_name_or_path: str, files: list[str]) -> Path:
     """The directory itself, or the hub's snapshot of a model in the local cache."""
     if Path(model_name_or_path).is_dir():
         return Path(model_name_or_path)
     try:
-        return Path(snapshot_download(model_name_or_path, allow_patterns=["*.safetensors", "*.json"]))
+        return Path(snapshot_download(model_name_or_path, allow_patterns=files))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         raise MissingPrerequisite(
             "model_name_or_path must be a directory, or a model that the hub or its local cache has",

@@ -45,12 +45,21 @@ def split(name: str) -> tuple[str, str]:
 def feed(hasher: blake3, stored: StoredTensors) -> None:
     """Feed every tensor's name, dtype, shape and bytes to ``hasher``, in order of name: the same for any sharding."""
     for name in stored.names:
-        tensor = stored.read(name)
-        hasher.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        hasher.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        feed_tensor(hasher, name, stored.read(name))
 
 
-def require_same_model(folder: Path, stored: Mapping[str, torch.Size], wanted: Mapping[str, torch.Size]) -> None:
+def feed_tensor(hasher: blake3, name: str, tensor: Tensor) -> None:
+    """Feed one tensor on the CPU: its name, dtype, shape and bytes."""
+    hasher.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+    hasher.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def require_same_model(
+    folder: Path,
+    stored: Mapping[str, torch.Size],
+    wanted: Mapping[str, torch.Size],
+    remedy: str = "Resume with the configuration it was made with",
+) -> None:
     """Compare parameters and buffers by name and shape.
 
     Raises:
@@ -62,7 +71,7 @@ def require_same_model(folder: Path, stored: Mapping[str, torch.Size], wanted: M
         raise CheckpointError(
             f"The checkpoint {folder.parent} must have the parameters of this model",
             found=f"{len(missing)} missing {missing[:3]}, {len(unknown)} unknown {unknown[:3]}",
-            remedy="Resume with the configuration it was made with",
+            remedy=remedy,
         )
 
 

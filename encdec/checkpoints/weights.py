@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
+from blake3 import blake3
 from torch import Tensor
+
+from encdec.checkpoints.stored import feed_tensor
 
 PREFIX = "model."
 
@@ -43,3 +46,17 @@ class Weights(Protocol):
             CheckpointError: it is not what the payload's index says.
             UnreadableCheckpoint: storage does not let it be read.
         """
+
+
+def digest_weights(weights: Weights, take: Callable[[str, Tensor], object] = lambda name, tensor: None) -> str:
+    """64 hex digits of the weights alone, whatever engine and however many ranks wrote them; one tensor in memory.
+
+    Args:
+        take: given each tensor, by the way.
+    """
+    hasher = blake3()
+    for name in sorted(weights.tensors):
+        tensor = weights.read(name)
+        feed_tensor(hasher, name, tensor)
+        take(name, tensor)
+    return hasher.hexdigest()

@@ -36,7 +36,7 @@ from encdec.training.run_config import RunConfig
 from encdec.training.saving import averaged, averaged_from
 from encdec.training.signals import Requests
 from encdec.training.trainer import Qwen3EncoderDecoderTrainer
-from encdec.weight_initialization import build_from_scratch, initialize_from_qwen3
+from encdec.weight_initialization import allocate, build_from_scratch, initialize_from_qwen3
 
 log = logging.getLogger("encdec.train")
 SECONDS_BETWEEN_LOOKS = 0.05
@@ -113,12 +113,16 @@ def _wait_for(folder: Path) -> None:
         time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
-def build_model(config: FullConfig, tokenizer: Qwen3EncoderDecoderTokenizer) -> Qwen3ForSeq2SeqLM:
-    """The unsharded model on the host, fp32; the same on every rank."""
+def build_model(config: FullConfig, tokenizer: Qwen3EncoderDecoderTokenizer, *, fill: bool = True) -> Qwen3ForSeq2SeqLM:
+    """The unsharded model on the host, fp32; the same on every rank.
+
+    Args:
+        fill: with the weights that the configuration names; False where others follow.
+    """
     settings = config.model
     if settings.from_scratch is None:
         model = initialize_from_qwen3(
-            settings.model_name_or_path, settings.num_sentinel_tokens, tokenizer=tokenizer, dtype=torch.float32
+            settings.model_name_or_path, settings.num_sentinel_tokens, tokenizer=tokenizer, fill=fill
         )
     else:
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -132,7 +136,7 @@ def build_model(config: FullConfig, tokenizer: Qwen3EncoderDecoderTokenizer) -> 
             decoder_start_token_id=tokenizer.decoder_start_token_id,
             **settings.from_scratch.model_dump(),
         )
-        model = build_from_scratch(shape, config.training.seed)
+        model = build_from_scratch(shape, config.training.seed) if fill else allocate(shape, torch.float32)
     tokenizer.assert_matches(model.config)
     model.set_attn_implementation("sdpa" if settings.use_flash_attention else "eager")
     if config.infra.fsdp_activation_checkpointing:

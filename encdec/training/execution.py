@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal
 
 from pydantic import ConfigDict
 
 from encdec.estimates import estimate_steps_for_tokens, estimate_training_time
 
-__all__ = ["PHASE_CONFIGS", "PhaseConfig", "TrainingPhase", "estimate_steps_for_tokens", "estimate_training_time"]
+__all__ = [
+    "PHASE_CONFIGS",
+    "PhaseConfig",
+    "StartingPoint",
+    "TrainingPhase",
+    "estimate_steps_for_tokens",
+    "estimate_training_time",
+    "previous_phases",
+]
 
 
 class TrainingPhase(StrEnum):
@@ -40,6 +49,25 @@ class PhaseConfig:
     logging_steps: int | None = None
     max_loss_after_warmup: float = 10.0
     min_loss_decrease: float = 0.1
+
+
+@dataclass(frozen=True)
+class StartingPoint:
+    """What a phase starts from instead of the weights that its configuration names."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    kind: Literal["gate", "weights"]
+    """gate: the weights with which the phase before it passed its gate; weights: given by a person, unproved."""
+    source: str
+    """Run directory of the phase before it; or a checkpoint's folder, a Hugging Face directory or a hub id."""
+    identity: str
+    """Identity of that run, whose gate must have been passed; or what tells the given weights from others."""
+
+
+def previous_phases(phase: TrainingPhase) -> list[TrainingPhase]:
+    """The phases that are to be earned before this one, in order."""
+    return list(TrainingPhase)[: list(TrainingPhase).index(phase)]
 
 
 def _row(phase: TrainingPhase, tokens: int, text: str, steps: tuple[int, int, int, int], bounds: tuple[float, float]):

@@ -3,37 +3,29 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from encdec import distributed
+from encdec.checkpoints.manifest import read_manifest
+from encdec.checkpoints.payload import open_weights
+from encdec.checkpoints.weights import digest_weights
 from encdec.errors import CheckpointError, TrainingDiverged
 from encdec.files import RunPaths, atomic_write_json
+from encdec.gates import LOSS_DECREASING, GateReport, Measurement, ValidationGate, judge
 from encdec.sanity_check import check_model
 from encdec.training.execution import PhaseConfig
 from encdec.training.final_average import average_last
+from encdec.training.promotion import GateFile, read_origin
 from encdec.training.run_config import RunConfig
 from encdec.training.state import TrainResult
 from encdec.training.trainer import Qwen3EncoderDecoderTrainer
 
 log = logging.getLogger("encdec.train")
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """One measured fact against its bound."""
-
-    metric: str
-    value: float
-    threshold: float
-    comparison: str
-    """How the value must compare with the threshold: >= or <=."""
-    measured: str
-    """Where the value comes from."""
-    passed: bool
 
 
 def check_sanity(model: nn.Module, tokenizer: Any, paths: RunPaths) -> None:
@@ -68,17 +60,17 @@ def finish(run: RunConfig, paths: RunPaths, result: TrainResult, trainer: Qwen3E
     how it ended (the facts of an Outcome).
     """
     verified = distributed.on_rank_zero(lambda: read_back(trainer, result.checkpoint))
-    cause, message = result.cause, result.message
+    cause, message, first_loss = result.cause, result.message, result.first_loss
     if cause == "complete" and run.phase:
-        evidence = judge_phase(run.phase, result)
+        first_loss = loss_of_the_chain(paths, result)
+        verdict = judge_phase(run.phase, first_loss, result.last_loss)
         distributed.on_rank_zero(trainer.checkpoints.fence)  # a node that was cut off may not pass the gate for others
-        distributed.on_rank_zero(lambda: write_gate(paths, run.phase, result, evidence))
-        failed = [item for item in evidence if not item.passed]
-        if failed:
+        distributed.on_rank_zero_however_long(
+            lambda: write_gate(run, paths, result, first_loss, verdict, trainer, verified=verified)
+        )
+        if not verdict.passed:
             cause = "gate"
-            message += "; gate not passed: " + "; ".join(
-                f"{item.metric} {item.value:.4f}, must be {item.comparison} {item.threshold:g}" for item in failed
-            )
+            message += "; gate not passed: " + "; ".join(item.line() for item in verdict.failures)
     if cause == "complete":
         average_last(
             trainer.checkpoints, run.config.training.average_last, result.step,
@@ -90,7 +82,7 @@ def finish(run: RunConfig, paths: RunPaths, result: TrainResult, trainer: Qwen3E
         "step": result.step,
         "checkpoint": result.checkpoint,
         "checkpoint_verified": verified,
-        "first_loss": result.first_loss,
+        "first_loss": first_loss,
         "last_loss": result.last_loss,
         "message": message,
     }
@@ -108,31 +100,53 @@ def read_back(trainer: Qwen3EncoderDecoderTrainer, name: str | None) -> bool:
     return True
 
 
-def judge_phase(phase: PhaseConfig, result: TrainResult) -> list[Evidence]:
-    """The phase's two bounds. A loss that is no number compares false, so it fails both."""
-    fall = result.first_loss - result.last_loss
-    return [
-        Evidence(
-            "loss_decrease", fall, phase.min_loss_decrease, ">=", "mean of the first steps minus mean of the last",
-            fall >= phase.min_loss_decrease,
-        ),
-        Evidence(
-            "loss_after_warmup", result.last_loss, phase.max_loss_after_warmup, "<=", "mean of the last steps",
-            result.last_loss <= phase.max_loss_after_warmup,
-        ),
-    ]  # fmt: skip
+def loss_of_the_chain(paths: RunPaths, result: TrainResult) -> float:
+    """From which the fall of the loss is measured, nats: the first steps of the first phase of the chain, or a later
+    phase would have to repeat the falls of those before it. The same on all ranks.
+    """
+    origin = distributed.on_rank_zero(lambda: read_origin(paths))
+    return result.first_loss if origin is None or origin.first_loss is None else origin.first_loss
 
 
-def write_gate(paths: RunPaths, phase: PhaseConfig | None, result: TrainResult, evidence: list[Evidence]) -> None:
-    """``gates/<phase>.json``: the evidence and the verdict."""
-    assert phase is not None
-    paths.gates.mkdir(exist_ok=True)
-    verdict = {
-        "phase": str(phase.phase),
-        "passed": all(item.passed for item in evidence),
-        "step": result.step,
-        "checkpoint": result.checkpoint,
-        "time": time.time(),
-        "evidence": [asdict(item) for item in evidence],
-    }
-    atomic_write_json(paths.gates / f"{phase.phase}.json", verdict)
+def judge_phase(phase: PhaseConfig, first_loss: float, last_loss: float) -> GateReport:
+    """The phase's own two bounds, over means of several steps.
+
+    Args:
+        first_loss: mean over the first steps of the chain, nats.
+        last_loss: mean over the last steps of the phase, nats.
+    """
+    gates = (
+        replace(LOSS_DECREASING, threshold=phase.min_loss_decrease),
+        ValidationGate("loss_reasonable", "loss_after_warmup", phase.max_loss_after_warmup, "<="),
+    )
+    return judge(
+        gates,
+        {
+            "loss_decrease": Measurement(
+                first_loss - last_loss, "mean of the chain's first steps minus mean of the last"
+            ),
+            "loss_after_warmup": Measurement(last_loss, "mean of the last steps"),
+        },
+    )
+
+
+def write_gate(
+    run: RunConfig, paths: RunPaths, result: TrainResult, first_loss: float, verdict: GateReport,
+    trainer: Qwen3EncoderDecoderTrainer, *, verified: bool,
+) -> None:  # fmt: skip
+    """``gates/<phase>.json``: the verdict, the evidence, and which weights it is about."""
+    assert run.phase is not None
+    digest = None
+    if result.checkpoint is not None and verified:
+        folder = trainer.checkpoints.output_dir / result.checkpoint
+        digest = digest_weights(open_weights(folder, read_manifest(folder)))
+    GateFile(
+        phase=run.phase.phase, passed=verdict.passed and digest is not None, identity=run.identity, step=result.step,
+        checkpoint=result.checkpoint, weights_digest=digest, first_loss=finite(first_loss),
+        last_loss=finite(result.last_loss), time=time.time(), evidence=verdict.evidence,
+    ).write(paths)  # fmt: skip
+
+
+def finite(value: float) -> float | None:
+    """JSON has no nan and no infinity."""
+    return value if math.isfinite(value) else None

@@ -16,8 +16,9 @@ import torch.distributed as dist
 
 import encdec
 from encdec import distributed
+from encdec.checkpoints.catalog import committed
 from encdec.checkpoints.model_files import keep_model_files
-from encdec.errors import EncdecError, ShardingError
+from encdec.errors import CheckpointError, EncdecError, ShardingError
 from encdec.files import RunPaths, atomic_write_json
 from encdec.records import RankResult
 from encdec.tokenization_qwen3_encdec import Qwen3EncoderDecoderTokenizer
@@ -25,8 +26,10 @@ from encdec.training import sharding, storage
 from encdec.training.build import build_model, build_trainer, prepare_text
 from encdec.training.execution import TrainingPhase
 from encdec.training.finish import check_sanity, finish
+from encdec.training.origin import begin_from
 from encdec.training.run_config import RunConfig, read_run_config
 from encdec.training.signals import Requests
+from encdec.training.trainer import Qwen3EncoderDecoderTrainer
 
 log = logging.getLogger("encdec.train")
 
@@ -93,7 +96,11 @@ def _train(
         attempt = distributed.on_rank_zero(paths.claim_attempt)
     require_one_attempt(attempt)
     with storage.explained("The model must be readable", Path(run.config.model.model_name_or_path)):
-        model = build_model(run.config, tokenizer)
+        model = build_model(run.config, tokenizer, fill=run.starts_from is None)
+    goes_on = resume_from is not None or has_checkpoint(paths)
+    if run.starts_from and not goes_on:
+        with storage.explained("The weights to start from must be readable", Path(run.starts_from.source)):
+            begin_from(run, paths, model)
     if run.phase and run.phase.phase == TrainingPhase.SANITY_CHECK:
         check_sanity(model, tokenizer, paths)
     distributed.on_rank_zero(lambda: keep_model_files(model, tokenizer, paths.model))
@@ -104,6 +111,7 @@ def _train(
     )  # fmt: skip
     try:
         trainer.start_from(resume_from)
+        require_weights(run, trainer, goes_on=goes_on)
         requests.listen()  # not before: until now there is nothing to save, and SIGTERM should simply end this rank
         result = finish(run, paths, trainer.train(), trainer)
         trainer.checkpoints.close(hurried=result["cause"] == "signalled")
@@ -113,6 +121,25 @@ def _train(
         for observer in trainer.observers:
             observer.close()
         dist.destroy_process_group()
+
+
+def has_checkpoint(paths: RunPaths) -> bool:
+    """Whether a checkpoint of the run itself lies there to go on from; the same on all ranks."""
+    return distributed.on_rank_zero(lambda: bool(committed(paths.checkpoints)))
+
+
+def require_weights(run: RunConfig, trainer: Qwen3EncoderDecoderTrainer, *, goes_on: bool) -> None:
+    """The weights that a run starts from are read only where it has no checkpoint to go on from.
+
+    Raises:
+        CheckpointError: it had some, and none of them could be used.
+    """
+    if run.starts_from and goes_on and not trainer.state.global_step:
+        raise CheckpointError(
+            "A run that starts from given weights reads them before it shards the model",
+            found=f"{len(trainer.checkpoints.rejected)} checkpoints that cannot be used, and no other",
+            remedy="Nothing to do where they were moved to quarantine: the next start reads the given weights again",
+        )
 
 
 def require_one_attempt(attempt: int) -> None:

@@ -19,13 +19,14 @@ from encdec.denoisers import raw_sample_length
 from encdec.errors import ConfigError, RunDirectoryError
 from encdec.files import RunPaths, atomic_write_text
 from encdec.training.config import FullConfig, NonNegativeInt, PositiveInt
-from encdec.training.execution import PHASE_CONFIGS, PhaseConfig, TrainingPhase
+from encdec.training.execution import PHASE_CONFIGS, PhaseConfig, StartingPoint, TrainingPhase
 from encdec.training.rules import check_rules
 from encdec.training.yaml_values import apply_settings, dump_yaml, read_yaml
 
 PLACE_KEYS = (
     "name", "nodes", "ranks_per_node", "config.infra.num_gpus", "config.infra.output_dir", "config.infra.logging_dir",
     "config.infra.checkpoint_mirror", "config.data.packed_dir", "config.data.preprocessing_num_workers",
+    "starts_from.source",
 )  # fmt: skip
 """Dotted paths that say where a run runs and what it is called, not what it computes."""
 
@@ -51,6 +52,8 @@ class RunConfig:
     bound_by: Literal["steps", "tokens"]
     """Which of the two ends the run: steps | tokens."""
     warmup_steps: NonNegativeInt
+    starts_from: StartingPoint | None = None
+    """None: the weights that the configuration names."""
 
     @property
     def world_size(self) -> int:
@@ -87,6 +90,7 @@ class RunConfig:
         return values | {
             "phase": {**asdict(self.phase), "phase": str(self.phase.phase)} if self.phase else None,
             "config": self.config.model_dump(),
+            "starts_from": asdict(self.starts_from) if self.starts_from else None,
         }
 
     def write(self, path: Path) -> None:
@@ -192,6 +196,7 @@ def resolve_run(
     nodes: int = 1,
     ranks_per_node: int | None = None,
     name: str | None = None,
+    starts_from: StartingPoint | None = None,
 ) -> RunConfig:
     """File, table and settings -> the resolved run.
 
@@ -214,7 +219,8 @@ def resolve_run(
     config.data.packed_dir = str(Path(config.data.packed_dir).absolute())
     if config.infra.checkpoint_mirror and "://" not in config.infra.checkpoint_mirror:
         config.infra.checkpoint_mirror = str(Path(config.infra.checkpoint_mirror).absolute())
-    return _with_arithmetic(config, row, nodes, ranks, name)
+    config.phases = {}  # laid over the table; those of other phases are none of this run's
+    return _with_arithmetic(config, row, nodes, ranks, name, starts_from)
 
 
 def _phase_row(phase: TrainingPhase, config: FullConfig) -> PhaseConfig:
@@ -237,7 +243,12 @@ def _lay_phase_under_settings(config: FullConfig, row: PhaseConfig, settings: li
 
 
 def _with_arithmetic(
-    config: FullConfig, row: PhaseConfig | None, nodes: int, ranks: int, name: str | None
+    config: FullConfig,
+    row: PhaseConfig | None,
+    nodes: int,
+    ranks: int,
+    name: str | None,
+    starts_from: StartingPoint | None,
 ) -> RunConfig:
     training, data = config.training, config.data
     world_size = nodes * ranks
@@ -276,5 +287,6 @@ def _with_arithmetic(
         num_train_steps=steps,
         bound_by="tokens" if steps < training.num_train_steps else "steps",
         warmup_steps=min(training.warmup_steps, steps // 10),  # else a short phase never leaves warm-up
+        starts_from=starts_from,
     )
     return replace(run, name=name or f"{row.phase if row else 'train'}-{run.identity[:8]}")

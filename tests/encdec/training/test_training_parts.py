@@ -18,7 +18,7 @@ from encdec.training.execution import PHASE_CONFIGS, TrainingPhase
 from encdec.training.finish import judge_phase
 from encdec.training.schedule import Schedule
 from encdec.training.signals import Requests, Wishes
-from encdec.training.state import LossHistory, TrainResult
+from encdec.training.state import LossHistory
 
 
 def schedule(**changes) -> Schedule:
@@ -113,9 +113,9 @@ def test_loss_history_keeps_first_and_last_means():
     ],
 )
 def test_phase_verdict(first: float, last: float, verdicts: list[bool]):
-    result = TrainResult("complete", 100, "step-100", first, last, "")
-    evidence = judge_phase(PHASE_CONFIGS[TrainingPhase.SANITY_CHECK], result)
-    assert [item.passed for item in evidence] == verdicts
+    report = judge_phase(PHASE_CONFIGS[TrainingPhase.SANITY_CHECK], first, last)
+    assert [item.passed for item in report.evidence] == verdicts
+    assert [item.gate for item in report.evidence] == ["loss_decreasing", "loss_reasonable"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM, signal.SIGINT])

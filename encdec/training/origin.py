@@ -1,0 +1,102 @@
+"""The weights that a phase begins with: those that passed the gate before it, or those that a person gave."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from blake3 import blake3
+from torch import nn
+
+from encdec import distributed
+from encdec.checkpoints.manifest import MANIFEST, read_manifest, verify
+from encdec.checkpoints.payload import open_weights
+from encdec.checkpoints.stored import feed_tensor, require_same_model
+from encdec.checkpoints.weights import digest_weights
+from encdec.errors import CheckpointError, ConfigError
+from encdec.files import RunPaths, atomic_write_json
+from encdec.modeling_qwen3_encdec import Qwen3ForSeq2SeqLM
+from encdec.training.promotion import Origin, require_passed
+from encdec.training.run_config import RunConfig
+
+log = logging.getLogger("encdec.train")
+REMEDY = "Give weights of the model that the configuration describes"
+
+
+def begin_from(run: RunConfig, paths: RunPaths, model: nn.Module) -> None:
+    """Fill an unsharded model with the weights that the run begins from, on every rank, and write down which they are.
+
+    Raises:
+        GateNotPassed: the phase before has not passed its gate.
+        CheckpointError: they do not verify, are not those that were judged, or are of another model.
+    """
+    start = run.starts_from
+    assert start is not None and run.phase is not None, (
+        "only a phase starts from other weights than its configured ones"
+    )
+    gate = require_passed(start, run.phase.phase) if start.kind == "gate" else None
+    source = Path(start.source) / "checkpoints" / str(gate.checkpoint) if gate else Path(start.source)
+    if (source / MANIFEST).is_file():
+        distributed.on_rank_zero_however_long(lambda: verify(source))
+        found = fill_from_checkpoint(model, source)
+    else:
+        found = fill_from_pretrained(model, start.source)
+    if gate and found != gate.weights_digest:
+        raise CheckpointError(
+            f"{run.phase.phase} starts from the weights that were judged",
+            found=f"weights {found[:16]} in {source}, while the gate was passed by {str(gate.weights_digest)[:16]}",
+            remedy="Restore that checkpoint, or run the phase before again in a new directory",
+        )
+    origin = Origin(
+        kind=start.kind, source=str(source) if gate else start.source, proved=gate is not None, weights_digest=found,
+        first_loss=gate.first_loss if gate else None,
+    )  # fmt: skip
+    distributed.on_rank_zero(lambda: atomic_write_json(paths.origin, origin.to_json()))
+    log.info(
+        "%s from %s, weights %s", "begins" if origin.proved else "begins, without proof,", origin.source, found[:16]
+    )
+
+
+@torch.no_grad()
+def fill_from_checkpoint(model: nn.Module, folder: Path) -> str:
+    """Copy the weights of a verified checkpoint of either engine into a model on the host; returns their digest.
+
+    Raises:
+        CheckpointError: they are of another model.
+    """
+    manifest = read_manifest(folder)
+    weights, wanted = open_weights(folder, manifest), model.state_dict()
+    shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
+    require_same_model(
+        folder / manifest.sharding, shapes, {name: tensor.shape for name, tensor in wanted.items()}, REMEDY
+    )
+    return digest_weights(weights, lambda name, tensor: wanted[name].copy_(tensor))
+
+
+@torch.no_grad()
+def fill_from_pretrained(model: nn.Module, name_or_path: str) -> str:
+    """Copy the weights of a Hugging Face directory or hub id of our architecture into a model on the host; returns the
+    digest of what the model then holds.
+
+    Raises:
+        ConfigError: there is none, or it is of another model.
+    """
+    try:
+        given = Qwen3ForSeq2SeqLM.from_pretrained(name_or_path, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            "--from-weights must name a checkpoint, or a model directory or hub id of this architecture",
+            found=f"{name_or_path} ({' '.join(str(error).split())[:200]})",
+            remedy="A decoder-only Qwen3 goes into model.model_name_or_path instead",
+        ) from None
+    there, wanted = given.state_dict(), model.state_dict()
+    require_same_model(
+        Path(name_or_path, "weights"), {name: tensor.shape for name, tensor in there.items()},
+        {name: tensor.shape for name, tensor in wanted.items()}, REMEDY,
+    )  # fmt: skip
+    hasher = blake3()
+    for name in sorted(wanted):
+        wanted[name].copy_(there[name])
+        feed_tensor(hasher, name, wanted[name])
+    return hasher.hexdigest()
