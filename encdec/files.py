@@ -116,6 +116,8 @@ def staged_directory(final: Path) -> Iterator[Path]:
     fsync_directory(final.parent)
 
 
+MANIFEST = "manifest.json"
+"""In a checkpoint's folder: what it holds, and its digests."""
 ACCELERATE_CONFIGS = {
     "fsdp": Path("configs", "accelerate_fsdp2.yaml"),
     "deepspeed": Path("configs", "accelerate_deepspeed.yaml"),
@@ -304,6 +306,12 @@ class RunPaths:
                 return number
             except FileExistsError:
                 continue
+
+    def newest_checkpoint(self) -> Path | None:
+        """The committed checkpoint of the highest step; None where there is none."""
+        steps = {path.name.removeprefix("step-"): path for path in self.checkpoints.glob("step-*")}
+        numbers = [step for step in steps if step.isdecimal()]
+        return steps[max(numbers, key=int)] if numbers else None
 
     def newest_attempt(self) -> int | None:
         """Number of the newest attempt, or None before the first. An older one is fenced off."""

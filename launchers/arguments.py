@@ -10,7 +10,7 @@ from pathlib import Path
 
 from encdec.command_line import Help, Parser
 from encdec.errors import ConfigError
-from encdec.training.execution import TrainingPhase
+from encdec.training.execution import StartingPoint, TrainingPhase
 from encdec.training.run_config import RunConfig, resolve_run
 from launchers.launch_options import CONTINUE_BY, DEFAULT_MAX_ATTEMPTS, LAUNCHERS
 
@@ -68,6 +68,12 @@ def parse_submit(argv: list[str] | None) -> argparse.Namespace:
     for flag, (metavar, text) in SBATCH_FLAGS.items():
         slurm.add_argument(f"--{flag}", metavar=metavar, help=text)
     add_continuation(slurm)
+    slurm.add_argument(
+        "--in-one-allocation",
+        action="store_true",
+        help="one job for the whole chain, which goes on with the next phase itself (default: a job a phase, queued at "
+        "once, each after the one before)",
+    )
     how = parser.add_argument_group("how")
     how.add_argument(
         "--dry-run", action="store_true", help="print the plan, and for Slurm the batch script; write nothing"
@@ -112,20 +118,23 @@ def parse_prepare(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def asked_run(arguments: argparse.Namespace) -> RunConfig:
-    """The run that a parsed command line asks for.
+def asked_run(
+    arguments: argparse.Namespace, phase: TrainingPhase, starts_from: StartingPoint | None, name: str | None
+) -> RunConfig:
+    """The run of one phase that a parsed command line asks for.
 
     Raises:
         ConfigError: any rule of the configuration broken.
     """
     sharding = [f"infra.distributed_type={SHARDINGS[arguments.sharding]}"] if arguments.sharding else []
     return resolve_run(
-        TrainingPhase(arguments.phase),
+        phase,
         config_file=arguments.config,
         settings=[*arguments.set, *sharding],
         nodes=arguments.nodes,
         ranks_per_node=arguments.gpus_per_node,
-        name=arguments.name,
+        name=name,
+        starts_from=starts_from,
     )
 
 
@@ -133,6 +142,18 @@ def add_what(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Flags that say which run."""
     what = parser.add_argument_group("what")
     what.add_argument("--phase", required=True, choices=[str(phase) for phase in TrainingPhase], help="phase to run")
+    what.add_argument(
+        "--through",
+        choices=[str(phase) for phase in TrainingPhase],
+        help="last phase of a chain that begins with --phase: each starts from the weights with which the one before "
+        "it passed its gate (default: --phase alone). Earlier phases that have not passed theirs are run first",
+    )
+    what.add_argument(
+        "--from-weights",
+        metavar="PATH|HUB_ID",
+        help="start from these weights, without the phases before and recorded as unproved: a checkpoint, a run "
+        "directory, a model directory or a hub id",
+    )
     what.add_argument("--config", type=Path, default=Path("configs/training_config.yaml"), help="YAML file")
     what.add_argument(
         "--set",

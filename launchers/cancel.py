@@ -8,8 +8,9 @@ import sys
 from encdec.command_line import Help, Parser, exit_code_of
 from encdec.errors import EncdecError
 from encdec.files import RunPaths
+from launchers.chain_file import label
 from launchers.control import cancel
-from launchers.names import add_run, find_run
+from launchers.names import add_run, find_runs
 from launchers.views import show
 from launchers.views.overview import look
 from launchers.views.progress import make_console
@@ -36,16 +37,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """All names are understood before anything is cancelled; a run that cannot be does not spare the others."""
-    named = {paths.root: paths for paths in (find_run(word, arguments.root) for word in arguments.run)}
-    if len(named) > 1 and not arguments.yes and sys.stdin.isatty() and not agreed(list(named.values())):
+    """All names are understood before anything is cancelled; a run that cannot be does not spare the others. Of a chain
+    the last phase goes first: it would start at the end of the one before.
+    """
+    named = {paths.root: paths for word in arguments.run for paths in reversed(find_runs(word, arguments.root))}
+    if len(set(arguments.run)) > 1 and not arguments.yes and sys.stdin.isatty() and not agreed(list(named.values())):
         print("nothing is cancelled")
         return 0
     code = 0
     for paths in named.values():
         try:
             for line in cancel(paths, now=arguments.now) or [nothing_lives(paths)]:
-                make_console().print(f"{paths.root.name}: {line}")
+                make_console().print(f"{label(paths)}: {line}")
         except EncdecError as error:
             print(f"error: {error}", file=sys.stderr)
             code = code or error.exit_code
@@ -54,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def agreed(runs: list[RunPaths]) -> bool:
     """Ask at the terminal."""
-    names = ", ".join(paths.root.name for paths in runs)
+    names = ", ".join(label(paths) for paths in runs)
     try:
         return input(f"cancel {len(runs)} runs ({names})? [y/N] ").strip().lower() in ("y", "yes")
     except EOFError:

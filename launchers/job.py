@@ -36,12 +36,17 @@ def run(run_dir: Path) -> int:
     from encdec.errors import EncdecError
     from encdec.files import RunPaths
     from launchers.nodes.attempt import run_attempt
+    from launchers.nodes.chain import go_on, next_phase_here
     from launchers.run_directory import usable
 
     paths = RunPaths(run_dir)
     try:
         with usable(paths):
-            return run_attempt(paths)
+            code = run_attempt(paths)
+            following = next_phase_here(paths)
+            if following is not None:
+                go_on(following)
+            return code
     except EncdecError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code

@@ -63,6 +63,16 @@ def sharding_of(run: RunConfig) -> str:
     return f"{name}, offloaded to host memory" if infra.fsdp_cpu_offload else name
 
 
+def weights_of(run: RunConfig) -> str:
+    """What the run begins with, in words."""
+    start, model = run.starts_from, run.config.model
+    if start is None:
+        return "random initial weights" if model.from_scratch else f"both stacks from {model.model_name_or_path}"
+    if start.kind == "gate":
+        return f"those that pass the gate of {start.source}"
+    return f"{start.source}, unproved: no gate is asked for"
+
+
 def make_plan(run: RunConfig, *, run_dir: str, cluster: str, why_cluster: str) -> Plan:
     """Everything the launcher and its user need to know before anything is written.
 
@@ -70,9 +80,8 @@ def make_plan(run: RunConfig, *, run_dir: str, cluster: str, why_cluster: str) -
         ConfigError: the global batch cannot be cut evenly over the ranks.
     """
     micro, accumulation = run.micro_batches(run.world_size)
-    model, training, phase = run.config.model, run.config.training, run.phase
+    training, phase = run.config.training, run.phase
     assert phase is not None, "the launcher runs phases"
-    random = "random initial weights" if model.from_scratch else f"both stacks from {model.model_name_or_path}"
     return Plan(
         name=run.name,
         phase=str(phase.phase),
@@ -103,6 +112,6 @@ def make_plan(run: RunConfig, *, run_dir: str, cluster: str, why_cluster: str) -
         max_loss_after_warmup=phase.max_loss_after_warmup,
         min_loss_decrease=phase.min_loss_decrease,
         text=run.config.data.dataset_name,
-        weights=f"{random}; no earlier phase's gate is asked for",
+        weights=weights_of(run),
         identity=run.identity,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from argparse import Namespace
@@ -9,15 +10,18 @@ from argparse import Namespace
 from encdec.command_line import exit_code_of
 from encdec.errors import ConfigError, MissingPrerequisite
 from encdec.files import RunPaths
-from launchers.arguments import asked_run, parse_prepare
+from launchers import slurm
+from launchers.arguments import parse_prepare
+from launchers.chain import asked
+from launchers.chain_file import write_chain
 from launchers.cluster import require_text
 from launchers.cluster_file import read_cluster_file
 from launchers.jobs import require_no_other_job
-from launchers.plan import make_plan
-from launchers.remote import enter
-from launchers.run_directory import choose_directory, describe, make_or_find, usable
-from launchers.run_status import only_starter, read_status
-from launchers.script import require_plain_path
+from launchers.remote import share
+from launchers.run_directory import describe, usable
+from launchers.run_status import only_starter
+from launchers.script import made_inside, require_plain_path
+from launchers.start import Start, make_all
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,7 +30,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def prepare(arguments: Namespace) -> int:
-    """Make the run directory, or find the one of the same configuration, and write the script that this job becomes."""
+    """Make the run directory, or find the one of the same configuration, and write the script that this job becomes.
+    Phases before that have not passed their gates are run first, in the same job.
+    """
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         raise MissingPrerequisite(
@@ -41,22 +47,31 @@ def prepare(arguments: Namespace) -> int:
             remedy="Submit without --array; for several runs give each its own --run-dir",
         )
     arguments.cluster_file = read_cluster_file(arguments.cluster)
-    run = asked_run(arguments)
-    require_text(run)
-    paths = RunPaths(choose_directory(arguments.run_dir, run.name, new=False))
-    require_plain_path(paths)
-    with usable(paths):
-        plan = make_plan(run, run_dir=str(paths.root), cluster="slurm", why_cluster=f"job {job}")
-        make_or_find(paths, run, plan)
-        with only_starter(paths):
-            if read_status(paths).complete:
-                print(f"{paths.root} is complete: nothing left to do", file=sys.stderr)
+    wanted = asked(arguments)
+    require_text(wanted.links[-1].run)
+    for link in wanted.links:
+        require_plain_path(link.paths)
+    starts = [Start(link.paths, link.run, link.plan("slurm", f"job {job}"), fresh=True) for link in wanted.links]
+    with usable(RunPaths(wanted.root or starts[0].paths.root)):
+        to_do = [start for start in make_all(starts, wanted.root, arguments) if not start.complete]
+        with contextlib.ExitStack() as locks:
+            for start in to_do:
+                locks.enter_context(only_starter(start.paths))
+                require_no_other_job(start.paths, job)
+            if wanted.root:
+                phases = {link.phase: link.paths.root for link in wanted.links}
+                write_chain(wanted.root, phases, in_one_allocation=True)
+            if not to_do:
+                print(f"{wanted.root or starts[0].paths.root} is complete: nothing left to do", file=sys.stderr)
                 return 0
-            require_no_other_job(paths, job)
-            describe(paths, run, plan)
-            enter(paths, run, arguments, job)
-    print(f"job {job} runs {paths.root}; its output is in {paths.submitit}", file=sys.stderr)
-    print(paths.root)
+            arguments.sbatch = slurm.flags_of(slurm.job_facts(job))
+            for start in to_do:
+                describe(start.paths, start.run, start.plan)
+                share(start.paths, start.run, arguments, job, mark=made_inside(job) if start is to_do[0] else "")
+            slurm.describe(job, f"encdec run {to_do[0].paths.root}")  # a later start of the job finds the run by it
+    phases_to_do = ", then ".join(str(start.paths.root) for start in to_do)
+    print(f"job {job} runs {phases_to_do}; its output is in {to_do[0].paths.submitit}", file=sys.stderr)
+    print(to_do[0].paths.root)
     return 0
 
 

@@ -12,7 +12,7 @@ import shutil
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import submitit
@@ -35,8 +35,12 @@ SCRIPT = re.compile(r"\.submission_file_[0-9a-f]{32}\.sh")
 """What submitit writes before sbatch, and moves once it has answered."""
 
 
-def start(paths: RunPaths, run: RunConfig, arguments: Namespace) -> str:
+def start(paths: RunPaths, run: RunConfig, arguments: Namespace, *, after: Sequence[str] = ()) -> str:
     """Submit ``RunPhase(run_dir)``; returns the job id. What sbatch got is kept as ``submit.sbatch``.
+
+    Args:
+        after: jobs whose end it waits for, however they end: that proves nothing, and the job looks for itself whether
+            the phase before has passed its gate.
 
     Raises:
         ConfigError: sbatch refused; nothing is queued.
@@ -46,7 +50,7 @@ def start(paths: RunPaths, run: RunConfig, arguments: Namespace) -> str:
     options = make_ready(paths, arguments)
     record = new_record(paths, job=None)
     atomic_write_json(paths.job, record.to_json())
-    request = job_request(paths, run, arguments, options, submission=record.submission)
+    request = job_request(paths, run, arguments, options, submission=record.submission, after=after)
     executor = submitit.SlurmExecutor(folder=paths.submitit, python=request.starter)
     executor.update_parameters(**submitit_parameters(request))
     before = set(paths.submitit.iterdir())
@@ -71,20 +75,21 @@ def start(paths: RunPaths, run: RunConfig, arguments: Namespace) -> str:
     return job
 
 
-def enter(paths: RunPaths, run: RunConfig, arguments: Namespace, job: str) -> None:
-    """This process is part of ``job``, which was submitted by hand: from now on the run is that job's.
+def share(paths: RunPaths, run: RunConfig, arguments: Namespace, job: str, *, mark: str = "") -> None:
+    """``job``, which this command has queued for an earlier phase or runs in, goes on with this run.
+
+    Args:
+        mark: a line of the script that successors get.
 
     Raises:
         RunDirectoryError: the snapshot of the code is gone.
     """
-    arguments.sbatch = slurm.flags_of(slurm.job_facts(job))
     options = make_ready(paths, arguments)
     record = new_record(paths, job=job)
     request = job_request(paths, run, arguments, options, submission=record.submission)
-    atomic_write_text(paths.sbatch, job_text(request, job))
+    atomic_write_text(paths.sbatch, job_text(request, mark))
     atomic_write_json(paths.job, record.to_json())
     note(paths, "submitted", cluster="slurm", job=job)
-    slurm.describe(job, f"encdec run {paths.root}")  # a later start of the job finds the run by it
 
 
 def new_record(paths: RunPaths, *, job: str | None) -> JobRecord:
@@ -113,6 +118,7 @@ def job_request(
     options: LaunchOptions,
     *,
     submission: str = UNKNOWN_SUBMISSION,
+    after: Sequence[str] = (),
 ) -> JobRequest:
     """What the user asks Slurm for, from here and now."""
     cluster: ClusterFile = arguments.cluster_file
@@ -120,7 +126,7 @@ def job_request(
         paths=paths,
         run=run,
         cluster=cluster,
-        flags=arguments.sbatch,
+        flags={**arguments.sbatch, **({"dependency": f"afterany:{':'.join(after)}"} if after else {})},
         lead_seconds=options.lead_seconds,
         submission=submission,
         python=cluster.python or shlex.quote(sys.executable),

@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from encdec.command_line import Help, Parser, exit_code_of
+from launchers.chain_file import label
 from launchers.control import requeue
 from launchers.names import add_run, find_run
 from launchers.views import show
@@ -37,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     paths = find_run(arguments.run, arguments.root)
     [view] = look([paths], forgiving=False)
     words = requeue(paths, now=arguments.now, remedy=what_instead(view))
-    make_console().print(f"{paths.root.name}: {words}")
+    make_console().print(f"{label(paths)}: {words}")
     return 0
 
 

@@ -18,6 +18,7 @@ UNKNOWN_SUBMISSION = "<submission>"
 """In place of the random part of a job's comment, where nothing is submitted."""
 DEAF = """sh -c 'trap "" USR2; exec "$@"' sh"""
 """Starts Python deaf to a warning that comes before it can have a handler; the job's end time is looked at later."""
+GPU_FLAGS = frozenset({"gres", "gpus", "gpus-per-node", "gpus-per-task"})
 SLURMS_OWN = ("%", "\\")
 """What Slurm replaces in the paths of a job's output, and what turns that off."""
 
@@ -89,13 +90,21 @@ def submitit_parameters(request: JobRequest) -> dict[str, Any]:
     }
 
 
-def job_text(request: JobRequest, job: str) -> str:
-    """The script that a job submitted by hand becomes, and that its successor gets."""
+def job_text(request: JobRequest, mark: str) -> str:
+    """The script that a job submitted by hand becomes, and that its successor gets; so does the successor of a job that
+    runs several phases.
+
+    Args:
+        mark: ``made_inside``, or nothing.
+    """
     paths = request.paths
     header = {
         "job-name": request.run.name,
         "comment": request.comment,
+        "nodes": str(request.run.nodes),
         "ntasks-per-node": "1",
+        **({} if GPU_FLAGS & request.flags.keys() else gpu_flag(request)),
+        "cpus-per-task": str(request.cpus),
         "output": f"{paths.submitit}/%j_0_log.out",
         "open-mode": "append",
         "requeue": True,
@@ -107,7 +116,7 @@ def job_text(request: JobRequest, job: str) -> str:
     srun = f"srun --unbuffered --output {output} {shlex.join(srun_arguments(request))}"
     lines = [
         "#!/bin/bash",
-        made_inside(job),
+        *filter(None, [mark]),
         *(f"#SBATCH {flag}" for flag in sorted(flags)),
         "",
         "# setup",

@@ -304,6 +304,12 @@ def cancel(job: str) -> str | None:
     return None if answer.ok else answer.problem
 
 
+def depend(job: str, others: Sequence[str]) -> str | None:
+    """Have a job that waits wait for the end of all of these, however they end; None if it worked, else why not."""
+    answer = ask("scontrol", "update", f"jobid={job}", f"dependency=afterany:{':'.join(others)}")
+    return None if answer.ok else answer.problem
+
+
 def kill(job: str) -> str | None:
     """End the job's tasks at once; None if it worked, else why not. A scancel alone leaves them KillWait seconds.
 

@@ -1,40 +1,146 @@
-"""One run, one attempt at a time: find the one that lives, or start the next, here or on Slurm."""
+"""One run, one attempt at a time: find the one that lives, or start the next, here or on Slurm; a chain's phases in
+their order.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+from encdec.errors import EncdecError
 from encdec.files import RunPaths
 from encdec.training.run_config import RunConfig
-from launchers import local, remote
+from launchers import local, remote, slurm
+from launchers.chain_file import write_chain
 from launchers.interrupts import Interrupts
-from launchers.jobs import live_job
+from launchers.jobs import live_job, newest_jobs
 from launchers.launch_options import launch_options
 from launchers.plan import Plan
-from launchers.run_directory import describe, note
+from launchers.run_directory import describe, make_or_find, note
 from launchers.run_status import only_starter, read_status, require_not_elsewhere
-from launchers.views import show, watch
+from launchers.views import show, tables, watch
+from launchers.views.overview import look
 
 
-def run_phase(paths: RunPaths, run: RunConfig, plan: Plan, arguments: Namespace, *, fresh: bool) -> int:
+@dataclass(frozen=True)
+class Start:
+    """A run that is to be started, or gone on with."""
+
+    paths: RunPaths
+    run: RunConfig
+    plan: Plan
+    fresh: bool
+    """Whether its directory was made by this command."""
+
+    @property
+    def complete(self) -> bool:
+        return read_status(self.paths).complete
+
+    def joined_to(self, before: RunConfig | None, arguments: Namespace) -> Start:
+        """With the name of the run that its directory holds already, unless another is asked for."""
+        if before is None:
+            return self
+        return replace(self, run=self.run if arguments.name else replace(self.run, name=before.name), fresh=False)
+
+
+def make_all(starts: Sequence[Start], root: Path | None, arguments: Namespace) -> list[Start]:
+    """Make the directories that are not there yet.
+
+    Raises:
+        RunDirectoryError: not writable, or made for something else.
+    """
+    made = []
+    for start in starts:
+        before = make_or_find(start.paths, start.run, start.plan)
+        if before is None and start.run.starts_from and start.run.starts_from.kind == "weights":
+            note(start.paths, "unproved", weights=start.run.starts_from.source)
+        made.append(replace(start, fresh=True) if before is None else start.joined_to(before, arguments))
+    return made
+
+
+def run_all(starts: Sequence[Start], arguments: Namespace, root: Path | None) -> int:
+    """Run a phase alone, or a chain from its first phase that is not complete; returns the exit code to end with."""
+    if root is None:
+        return run_phase(starts[0], arguments)
+    to_do = [start for start in starts if not start.complete]
+    on_slurm = starts[0].plan.cluster == "slurm"
+    in_one = arguments.in_one_allocation if on_slurm else arguments.wait is False
+    if not any(live_job(start.paths) for start in to_do):
+        phases = {start.run.phase.phase: start.paths.root for start in starts if start.run.phase}
+        write_chain(root, phases, in_one_allocation=in_one)
+    if not to_do:
+        code = show.summary(starts[-1].paths, already=True)
+    elif on_slurm:
+        code = run_chain_on_slurm(to_do, arguments, in_one=in_one)
+    elif in_one:
+        code = run_phase(to_do[0], arguments)  # its job goes on with the others
+    else:
+        code = next((code for code in (run_phase(start, arguments) for start in to_do) if code), 0)
+    tables.show_runs(look([start.paths for start in starts], forgiving=True), verbose=False)
+    return code
+
+
+def run_chain_on_slurm(to_do: Sequence[Start], arguments: Namespace, *, in_one: bool) -> int:
+    """Queue every phase at once, each after the one before; follow them if asked."""
+    with contextlib.ExitStack() as locks:
+        for start in to_do:
+            locks.enter_context(only_starter(start.paths))
+        first, *later = to_do
+        queued = {start.paths.root: live_job(start.paths) for start in to_do}
+        find_or_start(first, arguments)
+        try:
+            for before, start in zip(to_do, later, strict=False):
+                if not in_one:
+                    find_or_start(start, arguments, after=newest_jobs(before.paths))
+                elif queued[start.paths.root] is None:
+                    describe(start.paths, start.run, start.plan)
+                    remote.share(start.paths, start.run, arguments, newest_jobs(first.paths)[0])
+        except EncdecError:
+            take_back([start for start in to_do if queued[start.paths.root] is None])
+            raise
+    if not arguments.wait:
+        return 0
+    for start in to_do:
+        if code := watch.follow(start.paths, total_steps=start.run.num_train_steps):
+            return code
+    return 0
+
+
+def take_back(starts: Sequence[Start]) -> None:
+    """A chain is queued whole or not at all: cancel what has been queued of it."""
+    for start in reversed(starts):
+        for job in newest_jobs(start.paths):
+            slurm.cancel(job)
+
+
+def run_phase(start: Start, arguments: Namespace) -> int:
     """Start an attempt unless one lives or all is done; follow it if asked."""
-    if read_status(paths).complete:
+    paths = start.paths
+    if start.complete:
         return show.summary(paths, already=True)
     with Interrupts() as interrupts:
         with only_starter(paths):
-            job = find_or_start(paths, run, plan, arguments, fresh=fresh)
+            job = find_or_start(start, arguments)
         if job is None and arguments.wait is not False:
-            return local.follow(paths, interrupts, total_steps=run.num_train_steps)
+            return local.follow(paths, interrupts, total_steps=start.run.num_train_steps)
     if job is None:
         return show.started(paths)
     if arguments.wait and not interrupts.count:
-        return watch.follow(paths, total_steps=run.num_train_steps)
+        return watch.follow(paths, total_steps=start.run.num_train_steps)
     return show.queued(job, paths)
 
 
-def find_or_start(paths: RunPaths, run: RunConfig, plan: Plan, arguments: Namespace, *, fresh: bool) -> str | None:
-    """The Slurm job that is the run's, queued now or before; None: it runs on this machine, started now or before."""
+def find_or_start(start: Start, arguments: Namespace, *, after: Sequence[str] = ()) -> str | None:
+    """The Slurm job that is the run's, queued now or before; None: it runs on this machine, started now or before.
+
+    Args:
+        after: jobs whose end it waits for.
+    """
+    paths, run = start.paths, start.run
     remote.reconcile(paths, run)
     status, job = read_status(paths), live_job(paths)
     if status.running:
@@ -44,10 +150,10 @@ def find_or_start(paths: RunPaths, run: RunConfig, plan: Plan, arguments: Namesp
         show.followed(job, paths)
         return job
     require_not_elsewhere(paths, status)
-    describe(paths, run, plan)
+    describe(paths, run, start.plan)
     note(paths, "command", text=arguments.command, directory=os.getcwd())
-    if plan.cluster == "local":
+    if start.plan.cluster == "local":
         local.start(paths, run, launch_options(paths, arguments))
         return None
-    with remote.removed_if_refused(paths, fresh=fresh):
-        return remote.start(paths, run, arguments)
+    with remote.removed_if_refused(paths, fresh=start.fresh):
+        return remote.start(paths, run, arguments, after=after)

@@ -7,7 +7,7 @@ import json
 import sys
 
 from encdec.command_line import Help, Parser, exit_code_of
-from launchers.names import add_run, find_run, runs_under
+from launchers.names import add_run, find_runs, runs_under
 from launchers.views import show
 from launchers.views.overview import look
 from launchers.views.progress import make_console
@@ -35,12 +35,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def status(arguments: argparse.Namespace) -> int:
     """One damaged run among many is a line that says so; asked for by name, it is an error."""
-    runs = [find_run(word, arguments.root) for word in arguments.run] or runs_under(arguments.root)
-    views = look(runs, forgiving=len(arguments.run) != 1)
+    named = [paths for word in arguments.run for paths in find_runs(word, arguments.root)]
+    runs = named if arguments.run else runs_under(arguments.root)
+    views = look(runs, forgiving=len(named) != 1)
     if arguments.json:
         print(json.dumps({"runs": [document(view) for view in views]}, indent=2))
     elif views:
-        show_runs(views, verbose=arguments.verbose or len(arguments.run) == 1)
+        show_runs(views, verbose=arguments.verbose or len(named) == 1)
     else:
         make_console().print(f"no runs in {arguments.root.absolute()}")
     return 0

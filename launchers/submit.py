@@ -1,22 +1,22 @@
-"""python -m launchers.submit --phase PHASE: plan, package and run one phase, here or on a cluster."""
+"""python -m launchers.submit --phase PHASE: plan, package and run a phase or a chain of them, here or on a cluster."""
 
 from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from dataclasses import replace
+from collections.abc import Sequence
 
 from encdec.command_line import exit_code_of
 from encdec.files import RunPaths
-from launchers.arguments import asked_run, parse_submit
+from launchers.arguments import parse_submit
+from launchers.chain import Asked, asked
 from launchers.cluster import choose_cluster, require_devices, require_text
 from launchers.cluster_file import read_cluster_file
 from launchers.launch_options import launch_options
-from launchers.plan import make_plan
 from launchers.remote import job_request
-from launchers.run_directory import choose_directory, find_run, make_or_find, require_accelerate_config, usable
+from launchers.run_directory import find_run, require_accelerate_config, usable
 from launchers.script import require_plain_path, sbatch_text
-from launchers.start import run_phase
+from launchers.start import Start, make_all, run_all
 from launchers.views import show
 
 
@@ -28,29 +28,51 @@ def main(argv: list[str] | None = None) -> int:
 
 def submit(arguments: Namespace) -> int:
     """Everything that can be refused is refused before anything is written."""
-    run = asked_run(arguments)
+    wanted = asked(arguments)
     arguments.cluster_file = read_cluster_file(arguments.cluster)
     arguments.sbatch = {**arguments.cluster_file.flags, **arguments.sbatch}
-    cluster, why = choose_cluster(arguments.cluster, run)
-    if cluster == "local":
-        require_devices(run)
-    require_text(run)
-    paths = RunPaths(choose_directory(arguments.run_dir, run.name, new=arguments.resume == "never"))
-    if cluster == "slurm":
-        require_plain_path(paths)
-    plan = make_plan(run, run_dir=str(paths.root), cluster=cluster, why_cluster=why)
-    with usable(paths):
+    cluster, why = choose_cluster(arguments.cluster, wanted.links[-1].run)
+    starts = [Start(link.paths, link.run, link.plan(cluster, why), fresh=True) for link in wanted.links]
+    require_what_runs_need(starts, arguments, cluster)
+    with usable(RunPaths(wanted.root or starts[0].paths.root)):
         if arguments.launcher == "accelerate":
-            require_accelerate_config(paths, run.config.infra.distributed_type)
-        before = find_run(paths, run) if arguments.dry_run else make_or_find(paths, run, plan)
-        if before:
-            run = replace(run, name=arguments.name or before.name)
-        show.plan(plan, continues=before is not None)
+            for start in starts:
+                require_accelerate_config(start.paths, start.run.config.infra.distributed_type)
+        starts = [start.joined_to(find_run(start.paths, start.run), arguments) for start in starts]
+        show_plans(wanted, starts)
         if not arguments.dry_run:
-            return run_phase(paths, run, plan, arguments, fresh=before is None)
+            return run_all(make_all(starts, wanted.root, arguments), arguments, wanted.root)
         if cluster == "slurm":
-            show.script(sbatch_text(job_request(paths, run, arguments, launch_options(paths, arguments))))
+            for start in starts:
+                options = launch_options(start.paths, arguments)
+                show.script(sbatch_text(job_request(start.paths, start.run, arguments, options)))
         return 0
+
+
+def require_what_runs_need(starts: Sequence[Start], arguments: Namespace, cluster: str) -> None:
+    """Devices, text and paths that the place can use.
+
+    Raises:
+        EncdecError: naming what is missing.
+    """
+    for start in starts:
+        if cluster == "local":
+            require_devices(start.run)
+        else:
+            require_plain_path(start.paths)
+    require_text(starts[-1].run)
+
+
+def show_plans(wanted: Asked, starts: Sequence[Start]) -> None:
+    """The plan of a phase alone; of a chain, what its phases share and then a line for each."""
+    if wanted.root is None:
+        show.plan(starts[0].plan, continues=not starts[0].fresh)
+    else:
+        states = [
+            "passed" if link.passed else "new" if start.fresh else "goes on"
+            for link, start in zip(wanted.links, starts, strict=True)
+        ]
+        show.chain(wanted.root, [start.plan for start in starts], states, asked=wanted.phase)
 
 
 if __name__ == "__main__":

@@ -24,9 +24,9 @@ from typing import Any
 from blake3 import blake3
 
 from encdec.errors import CheckpointError, UnreadableCheckpoint
+from encdec.files import MANIFEST
 
 FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state.json"
 STEP_FOLDER = re.compile(r"step-(0|[1-9][0-9]*)")
 HASH_BUFFER_BYTES = 8 * 2**20

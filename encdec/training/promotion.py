@@ -110,11 +110,11 @@ def require_passed(start: StartingPoint, phase: TrainingPhase) -> GateFile:
     gate = read_gate(paths, before)
     why = None
     if gate is None:
-        why = f"no verdict on it in {gate_path(paths, before)}"
+        why = f"no verdict in {gate_path(paths, before)}"
     elif gate.identity != start.identity:
-        why = f"the verdict on a run of another configuration in {gate_path(paths, before)}"
+        why = f"a verdict on another configuration in {gate_path(paths, before)}"
     elif not gate.passed or gate.checkpoint is None or gate.weights_digest is None:
-        why = f"it closed: {gate.why_closed()}"
+        why = f"closed by {gate.why_closed()}"
     if why is not None:
         raise GateNotPassed(
             f"{phase} starts only from weights that have passed the gate of {before}",

@@ -28,6 +28,7 @@ from encdec.records import (
 )
 from launchers import slurm
 from launchers.launch_options import PastAttempt, lead_seconds, read_launch_options, why_given_up
+from launchers.nodes import chain
 from launchers.nodes.allocation import Allocation, Declined
 from launchers.nodes.outcomes import Move, next_move, node_to_blame
 from launchers.run_status import read_status
@@ -66,6 +67,8 @@ class Continuation:
             return Declined("the run is complete", ExitCode.COMPLETE)
         if self.paths.stop_request.exists():  # a requeue that came after the request
             return Declined(f"{self.paths.stop_request} asks to stop", ExitCode.COMPLETE)
+        if waiting := self._gate_before():
+            return waiting
         reason = why_given_up(self.options, past_attempts(self.paths))
         if reason:
             return Declined(f"given up after {reason}", ExitCode.CRASHED)
@@ -78,6 +81,23 @@ class Continuation:
         if before.successor != self.allocation.job and state not in slurm.END_STATES:
             return Declined(f"job {before.job}, which is {state}, runs this run", ExitCode.CONFIG_WRONG)
         return None
+
+    def _gate_before(self) -> Declined | None:
+        """Why the phase may not begin yet, or ever; None where it may, or has. Its job was to wait for the end of the
+        phase before, which proves nothing.
+        """
+        why = chain.why_not_yet(self.paths)
+        if why is None:
+            return None
+        jobs = chain.jobs_before(self.paths, but=self.allocation.job)
+        answer = slurm.submit(self.paths.sbatch, f"--dependency=afterany:{':'.join(jobs)}") if jobs else None
+        if answer and answer.ok:  # the phase before goes on in another job, which this one did not wait for
+            self._carry_to(answer.out)
+            chain.adopt(self.paths, answer.out)
+            return Declined(f"job {answer.out} begins after {', '.join(jobs)}", ExitCode.COMPLETE)
+        chain.end(self.paths, self.allocation.job, why)
+        chain.tell(self.paths, why)
+        return Declined(why, ExitCode.GATE_NOT_PASSED)
 
     @staticmethod
     def _end_of(before: ContinuationRecord) -> str:
@@ -128,6 +148,7 @@ class Continuation:
             self._cancelled = True
             self._write()
             self._cancel_successor(ledger)
+            chain.end(self.paths, self.allocation.job, "cancelled by user")
         elif ending in GOING_ON and self._successor is None and not self._given_up():
             self._queue_successor(ledger)
 
@@ -152,6 +173,10 @@ class Continuation:
         ledger.write(
             event("next", move="stop" if reason else move, ending=ending, given_up=reason, bad_node=outcome.bad_node)
         )
+        if (move is Move.STOP or reason) and outcome.cause != "complete":
+            chain.end(
+                self.paths, self.allocation.job, reason or outcome.message
+            )  # before all else: nodes wait for them
         if move is Move.AGAIN and not reason:
             self._go_on(ledger)
         elif move is Move.ELSEWHERE and not reason:
@@ -200,11 +225,16 @@ class Continuation:
             ledger.write(event("successor_refused", detail=answer.problem))
             return
         self._successor = answer.out
-        carried = self.paths.submitit / f"{job}_submitted.pkl"  # submitit finds what it carries by the job's id
-        if carried.is_file():
-            shutil.copy(carried, self.paths.submitit / f"{self._successor}_submitted.pkl")
+        self._carry_to(self._successor)
+        chain.wait_for(self.paths, [job, self._successor])
         self._write()
         ledger.write(event("successor_queued", job=self._successor))
+
+    def _carry_to(self, job: str) -> None:
+        """submitit finds what it carries by the job's id."""
+        carried = self.paths.submitit / f"{self.allocation.job}_submitted.pkl"
+        if carried.is_file():
+            shutil.copy(carried, self.paths.submitit / f"{job}_submitted.pkl")
 
     def _cancel_successor(self, ledger: JsonLinesWriter) -> None:
         if self._successor is None:

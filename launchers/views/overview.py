@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from encdec.errors import EncdecError
+from encdec.errors import EncdecError, GateNotPassed
 from encdec.files import RunPaths
 from encdec.records import JobRecord, read_json_lines
-from encdec.training.run_config import read_run_config
+from encdec.training.promotion import GateFile, phase_before, read_gate, require_passed
+from encdec.training.run_config import RunConfig, read_run_config
+from launchers.chain_file import label
 from launchers.jobs import began_since_submission, newest_jobs, submission
 from launchers.run_directory import usable
 from launchers.run_status import host_of
@@ -45,6 +47,12 @@ class RunRecords:
     checkpoint: str | None
     """Name of the newest checkpoint."""
     checkpoint_time: float | None
+    gate: GateFile | None
+    """The verdict on its phase; None before there is one."""
+    after: str | None
+    """The phase for whose gate it waits; None where it may begin, or has begun."""
+    not_started: str | None
+    """Why it will not start by itself; None where nothing says so."""
 
     @property
     def newest(self) -> AttemptView | None:
@@ -101,7 +109,7 @@ def read_or_damage(paths: RunPaths) -> RunRecords | EncdecError:
 
 def view(paths: RunPaths, read: RunRecords | EncdecError, states: Mapping[str, JobState]) -> RunView:
     """Pure: a run's records and Slurm's words -> the verdict."""
-    name, directory = paths.root.name, str(paths.root)
+    name, directory = label(paths), str(paths.root)
     if isinstance(read, EncdecError):
         damaged = Standing(State.DAMAGED, f"damaged: {read.found}")
         return RunView(name=name, directory=directory, standing=damaged, records=None, job=None)
@@ -113,6 +121,8 @@ def view(paths: RunPaths, read: RunRecords | EncdecError, states: Mapping[str, J
         here=read.host == socket.gethostname(),
         cancelled=read.cancelled or any(said.state == "CANCELLED" for said in jobs.values()),
         unanswered=read.unanswered,
+        after=read.after,
+        not_started=read.not_started,
     )
     said = jobs.get(verdict.job) if verdict.job else None
     return RunView(name=name, directory=directory, standing=verdict, records=read, job=said)
@@ -132,7 +142,7 @@ def read_records(paths: RunPaths) -> RunRecords:
     ended_well = newest is not None and newest.cause == "complete"
     local = newest is not None and newest.job is None and began_since_submission(newest.began, submitted)
     ledger = list(read_json_lines(paths.events))
-    checkpoint = newest_checkpoint(paths)
+    checkpoint = paths.newest_checkpoint()
     return RunRecords(
         phase=str(run.phase.phase) if run.phase else "training",
         total_steps=run.num_train_steps,
@@ -145,7 +155,28 @@ def read_records(paths: RunPaths) -> RunRecords:
         heartbeat=newest_change(place.root.glob("heartbeat-*")) if place else None,
         checkpoint=checkpoint.name if checkpoint else None,
         checkpoint_time=newest_change([checkpoint]) if checkpoint else None,
+        gate=read_gate(paths, run.phase.phase) if run.phase else None,
+        after=waits_for(paths, run) if newest is None else None,
+        not_started=why_not_started(ledger) if newest is None else None,
     )
+
+
+def waits_for(paths: RunPaths, run: RunConfig) -> str | None:
+    """The phase whose gate a run needs and that has not passed it yet."""
+    start, phase = run.starts_from, run.phase
+    if start is None or start.kind != "gate" or phase is None:
+        return None
+    try:
+        require_passed(start, phase.phase)
+        return None
+    except GateNotPassed:
+        return str(phase_before(phase.phase))
+
+
+def why_not_started(ledger: Sequence[Mapping[str, Any]]) -> str | None:
+    """What the run's ledger says since the newest submission."""
+    last: Mapping[str, Any] = next((record for record in reversed(ledger) if record.get("event") in ("not_started", "submitted")), {})
+    return last.get("why")
 
 
 def was_cancelled(newest: AttemptView | None, submitted: JobRecord | None, ledger: Sequence[Mapping[str, Any]]) -> bool:
@@ -169,9 +200,3 @@ def newest_change(files: Iterable[Path]) -> float | None:
         with contextlib.suppress(FileNotFoundError):  # a checkpoint may have been rotated away meanwhile
             times.append(file.stat().st_mtime)
     return max(times, default=None)
-
-
-def newest_checkpoint(paths: RunPaths) -> Path | None:
-    """The committed checkpoint of the highest step."""
-    steps = {path.name.removeprefix("step-"): path for path in paths.checkpoints.glob("step-*")}
-    return max((path for step, path in steps.items() if step.isdecimal()), key=lambda p: int(p.name[5:]), default=None)

@@ -7,6 +7,7 @@ import math
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,53 @@ def plan(plan: Plan, *, continues: bool) -> None:
             }
         )
     )
+
+
+def chain(root: Path, plans: Sequence[Plan], states: Sequence[str], *, asked: str) -> None:
+    """Print the plan of a chain: what its phases share, then a line for each.
+
+    Args:
+        states: of each phase: passed | goes on | new.
+        asked: the first phase that was asked for by name.
+    """
+    last = plans[-1]
+    missing = [plan.phase for plan, state in zip(plans, states, strict=True) if state != "passed"]
+    missing = missing[: missing.index(asked)] if asked in missing else missing
+    console, phases = make_console(), Table(box=None, pad_edge=False, header_style="bold")
+    console.print(
+        table_of(
+            {
+                "chain": " -> ".join(plan.phase for plan in plans)
+                + (f"; {', '.join(missing)} first: not passed yet" if missing else ""),
+                "where": f"{last.cluster}: {last.why_cluster}",
+                "ranks": f"{last.nodes} node(s) x {last.ranks_per_node} {last.device} rank(s), {last.sharding}",
+                "batch": f"{last.global_batch_size} samples x {last.sample_length} tokens = {last.tokens_per_step:,} "
+                "tokens a step",
+                "text": last.text,
+                "weights": f"{plans[0].weights}; then those that have passed the gate of the phase before",
+                "directory": str(root),
+            }
+        )
+    )
+    for name in (
+        "phase",
+        "state",
+        "steps",
+        "tokens",
+        "bound by",
+        "evaluation",
+        "checkpoints",
+        "loss falls by",
+        "ends at",
+    ):
+        phases.add_column(name, justify="left" if name in ("phase", "state", "bound by") else "right")
+    for plan, state in zip(plans, states, strict=True):
+        phases.add_row(
+            plan.phase, state, f"{plan.num_train_steps:,}", f"{plan.tokens:,}", plan.bound_by,
+            f"every {plan.eval_steps:,}", f"every {plan.save_steps:,}", f">= {plan.min_loss_decrease:g}",
+            f"<= {plan.max_loss_after_warmup:g}",
+        )  # fmt: skip
+    console.print(phases)
 
 
 def script(text: str) -> None:

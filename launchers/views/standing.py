@@ -21,6 +21,8 @@ class State(StrEnum):
     COMPLETE = "complete"
     GATE = "gate"
     """A bound of its phase was not met."""
+    BLOCKED = "blocked"
+    """It never began, because the phase before has not passed its gate, and nothing will start it by itself."""
     REFUSED = "refused"
     CRASHED = "crashed"
     CANCELLED = "cancelled"
@@ -42,7 +44,7 @@ ENDED: Mapping[str, tuple[State, str]] = {
     "stop_requested": (State.STOPPED, "stopped"),
 }
 """Outcome.cause -> the word for programs, and the one for people."""
-CONTINUABLE = frozenset({State.CRASHED, State.CANCELLED, State.STOPPED, State.LOST, State.NEW})
+CONTINUABLE = frozenset({State.CRASHED, State.CANCELLED, State.STOPPED, State.LOST, State.NEW, State.BLOCKED})
 """Where the submit command, given again, continues the run."""
 
 
@@ -64,6 +66,8 @@ def standing(
     here: bool,
     cancelled: bool,
     unanswered: bool,
+    after: str | None = None,
+    not_started: str | None = None,
 ) -> Standing:
     """The verdict. A job of which nobody can say that it ended is no end.
 
@@ -74,6 +78,8 @@ def standing(
         here: whether that is this one.
         cancelled: whether a user cancelled what the run did last.
         unanswered: whether sbatch's answer to the newest submission never arrived.
+        after: the phase for whose gate a run waits that has not begun.
+        not_started: why it was not started, as the jobs of its chain say.
     """
     if newest and newest.cause == "complete":
         return Standing(State.COMPLETE, "complete")
@@ -83,10 +89,15 @@ def standing(
         if said.state == UNKNOWN and newest and newest.final and newest.job == job:
             continue  # its own last word tells more than Slurm's silence
         if not said.ended:
-            return Standing(*of_a_live_job(job, said), job)
+            if after and said.state != "PENDING":
+                return Standing(State.PENDING, f"waits for {after} in job {job}, which is {said.state}", job)
+            state, words = of_a_live_job(job, said)
+            return Standing(state, f"{words}, after {after}" if after else words, job)
     if unanswered:
         return Standing(State.UNKNOWN, "submitted, but sbatch's answer was lost: submit again to find the job")
     last = next(iter(jobs), None)
+    if not_started and newest is None:
+        return Standing(State.BLOCKED, f"not started: {not_started}", last)
     if cancelled:
         return Standing(State.CANCELLED, "cancelled by user", last)
     if newest and newest.cause is not None:

@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from launchers.views.history import AttemptView
-from launchers.views.overview import RunView
+from launchers.views.overview import RunRecords, RunView
 from launchers.views.progress import make_console
 from launchers.views.standing import State
 
@@ -45,7 +45,7 @@ def table_with(*names: str) -> Table:
 
 def runs_table(views: Sequence[RunView], now: float) -> Table:
     """One line a run."""
-    table = table_with("run", "phase", "state", "attempts", "step", "loss", "heard of")
+    table = table_with("run", "phase", "state", "gate", "attempts", "step", "loss", "heard of")
     for view in views:
         color, records = COLORS.get(view.standing.state, "red"), view.records
         if records is None:
@@ -56,6 +56,7 @@ def runs_table(views: Sequence[RunView], now: float) -> Table:
             view.name,
             records.phase,
             view.standing.words + (", continue with submit" if view.next_command and records.attempts else ""),
+            gate_words(records),
             str(len(records.attempts)),
             f"{(position.last_step if position else 0) or 0:,} of {records.total_steps:,}",
             f"{position.loss:.4f}" if position and position.loss is not None else "",
@@ -63,6 +64,13 @@ def runs_table(views: Sequence[RunView], now: float) -> Table:
             style=color,
         )
     return table
+
+
+def gate_words(records: RunRecords) -> str:
+    """The verdict on a phase; the gates that closed are named."""
+    if records.gate is None:
+        return ""
+    return "passed" if records.gate.passed else f"closed: {', '.join(item.gate for item in records.gate.failures)}"
 
 
 def heard_of(view: RunView, now: float) -> str:
@@ -137,6 +145,7 @@ def document(view: RunView) -> dict[str, Any]:
         "heartbeat": records.heartbeat if records else None,
         "checkpoint": records.checkpoint if records else None,
         "checkpoint_time": records.checkpoint_time if records else None,
+        "gate": asdict(records.gate) if records and records.gate else None,
         "next": view.next_command,
         "attempts": [asdict(attempt) for attempt in records.attempts] if records else [],
     }

@@ -1,0 +1,125 @@
+"""What is asked for as a chain: the phases from the first one without evidence to the last one wanted."""
+
+from __future__ import annotations
+
+import json
+import re
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+
+from encdec.errors import ConfigError
+from encdec.files import MANIFEST, RunPaths
+from encdec.training.execution import StartingPoint, TrainingPhase, previous_phases
+from encdec.training.promotion import read_gate
+from encdec.training.run_config import RunConfig
+from launchers.arguments import asked_run
+from launchers.chain_file import read_chain
+from launchers.plan import Plan, make_plan
+from launchers.run_directory import ROOT, choose_directory
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Link:
+    """One phase of what is asked for."""
+
+    phase: TrainingPhase
+    run: RunConfig
+    paths: RunPaths
+
+    @property
+    def passed(self) -> bool:
+        """Whether its gate has been passed, by this very configuration."""
+        gate = read_gate(self.paths, self.phase) if self.paths.root.is_dir() else None
+        return gate is not None and gate.passed and gate.identity == self.run.identity
+
+    def plan(self, cluster: str, why_cluster: str) -> Plan:
+        return make_plan(self.run, run_dir=str(self.paths.root), cluster=cluster, why_cluster=why_cluster)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """All that a command line asks for."""
+
+    links: list[Link]
+    """In order; the phases that are missing before the wanted one come first."""
+    root: Path | None
+    """The chain's directory; None for a phase alone."""
+    phase: TrainingPhase
+    """The first one that was named; those before it are run because their gates have not been passed."""
+
+
+def asked(arguments: Namespace) -> Asked:
+    """The runs that a parsed command line asks for, and where they lie; nothing is written.
+
+    Raises:
+        ConfigError: any rule of the configuration broken.
+    """
+    phases, start = asked_phases(arguments), given_weights(arguments.from_weights)
+    first = asked_run(arguments, phases[0], start, arguments.name)
+    new = getattr(arguments, "resume", "auto") == "never"
+    if len(phases) == 1 and not (arguments.run_dir and read_chain(arguments.run_dir)):
+        directory = choose_directory(arguments.run_dir, first.name, new=new)
+        return Asked([Link(phases[0], first, RunPaths(directory))], None, phases[0])
+    root = choose_directory(arguments.run_dir, arguments.name or f"chain-{first.identity[:8]}", new=new)
+    links: list[Link] = []
+    for phase in phases:
+        run = asked_run(arguments, phase, start, arguments.name and f"{arguments.name}.{phase}")
+        paths = RunPaths(root / phase)
+        links.append(proved_elsewhere(Link(phase, run, paths)) if not new else Link(phase, run, paths))
+        start = StartingPoint("gate", str(links[-1].paths.root), run.identity)
+    return Asked(links, root, TrainingPhase(arguments.phase))
+
+
+def asked_phases(arguments: Namespace) -> list[TrainingPhase]:
+    """From the first phase that must be proved to the last one that is wanted.
+
+    Raises:
+        ConfigError: --through names a phase before --phase.
+    """
+    phase, last = TrainingPhase(arguments.phase), TrainingPhase(arguments.through or arguments.phase)
+    if last in previous_phases(phase):
+        raise ConfigError(
+            "--through must name a phase after that of --phase",
+            found=f"--phase {phase} --through {last}",
+            remedy=f"The order is {', '.join(TrainingPhase)}",
+        )
+    wanted = [each for each in TrainingPhase if each not in previous_phases(phase) and each not in after(last)]
+    return wanted if arguments.from_weights else previous_phases(phase) + wanted
+
+
+def after(phase: TrainingPhase) -> list[TrainingPhase]:
+    return [each for each in TrainingPhase if phase in previous_phases(each)]
+
+
+def proved_elsewhere(link: Link) -> Link:
+    """A first phase that has been run alone, with the same configuration, needs not be run again in the chain."""
+    alone = Link(link.phase, link.run, RunPaths((ROOT / f"{link.phase}-{link.run.identity[:8]}").absolute()))
+    first = link.run.starts_from is None and not link.paths.root.exists()
+    return alone if first and alone.passed else link
+
+
+def given_weights(word: str | None) -> StartingPoint | None:
+    """What --from-weights names: a checkpoint, a run directory's newest one, a Hugging Face directory, or a hub id.
+
+    Raises:
+        ConfigError: none of them.
+    """
+    if word is None:
+        return None
+    path = Path(word).absolute()
+    path = RunPaths(path).newest_checkpoint() or path
+    if (path / MANIFEST).is_file():
+        digest = json.loads((path / MANIFEST).read_text(encoding="utf-8")).get("digest")
+        return StartingPoint("weights", str(path), f"checkpoint {digest}")
+    if (path / "config.json").is_file():
+        return StartingPoint("weights", str(path), str(path))
+    if not path.exists() and HUB_ID.fullmatch(word):
+        return StartingPoint("weights", word, word)
+    raise ConfigError(
+        "--from-weights must name a checkpoint's folder, a run directory with one, a model directory or a hub id",
+        found=word,
+        remedy="Give RUN/checkpoints/step-<k>, a directory with config.json and safetensors, or owner/name",
+    )
