@@ -172,9 +172,9 @@ def build_trainer(
         config.data.max_encoder_length,
         config.data.max_decoder_length,
         task_weights=tuple(config.data.ul2_task_weights),
-        seed=config.training.seed,
+        seed=run.data_seed,
     )
-    sampler = GlobalBatchSampler(len(dataset), run.global_batch_size, micro, rank, world, config.training.seed)
+    sampler = GlobalBatchSampler(len(dataset), run.global_batch_size, micro, rank, world, run.data_seed)
     loader = build_dataloader(
         dataset, collator, sampler, num_workers=config.data.dataloader_num_workers, pin_memory=device.type == "cuda"
     )

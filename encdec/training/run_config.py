@@ -19,7 +19,7 @@ from encdec.denoisers import raw_sample_length
 from encdec.errors import ConfigError, RunDirectoryError
 from encdec.files import RunPaths, atomic_write_text
 from encdec.training.config import FullConfig, NonNegativeInt, PositiveInt
-from encdec.training.execution import PHASE_CONFIGS, PhaseConfig, StartingPoint, TrainingPhase
+from encdec.training.execution import PHASE_CONFIGS, PhaseConfig, StartingPoint, TrainingPhase, previous_phases
 from encdec.training.rules import check_rules
 from encdec.training.yaml_values import apply_settings, dump_yaml, read_yaml
 
@@ -63,6 +63,13 @@ class RunConfig:
     def tokens_per_step(self) -> int:
         """Raw tokens per optimizer step."""
         return self.global_batch_size * self.sample_length
+
+    @property
+    def data_seed(self) -> int:
+        """Seed of the order of samples and of their corruption: each phase of a chain has an order of its own, or a
+        later one would begin with the very examples of the first.
+        """
+        return self.config.training.seed + (len(previous_phases(self.phase.phase)) if self.phase else 0)
 
     @property
     def identity(self) -> str:

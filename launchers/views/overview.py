@@ -175,7 +175,9 @@ def waits_for(paths: RunPaths, run: RunConfig) -> str | None:
 
 def why_not_started(ledger: Sequence[Mapping[str, Any]]) -> str | None:
     """What the run's ledger says since the newest submission."""
-    last: Mapping[str, Any] = next((record for record in reversed(ledger) if record.get("event") in ("not_started", "submitted")), {})
+    last: Mapping[str, Any] = next(
+        (record for record in reversed(ledger) if record.get("event") in ("not_started", "submitted")), {}
+    )
     return last.get("why")
 
 

@@ -98,27 +98,17 @@ def chain(root: Path, plans: Sequence[Plan], states: Sequence[str], *, asked: st
                 "tokens a step",
                 "text": last.text,
                 "weights": f"{plans[0].weights}; then those that have passed the gate of the phase before",
+                "passes if": "the loss falls by so much from the chain's first steps, and ends so low (nats)",
                 "directory": str(root),
             }
         )
     )
-    for name in (
-        "phase",
-        "state",
-        "steps",
-        "tokens",
-        "bound by",
-        "evaluation",
-        "checkpoints",
-        "loss falls by",
-        "ends at",
-    ):
-        phases.add_column(name, justify="left" if name in ("phase", "state", "bound by") else "right")
+    for name in ("phase", "state", "steps", "tokens", "bound by", "eval", "save", "falls by", "ends at"):
+        phases.add_column(name, justify="left" if name in ("phase", "state", "bound by") else "right", no_wrap=True)
     for plan, state in zip(plans, states, strict=True):
         phases.add_row(
-            plan.phase, state, f"{plan.num_train_steps:,}", f"{plan.tokens:,}", plan.bound_by,
-            f"every {plan.eval_steps:,}", f"every {plan.save_steps:,}", f">= {plan.min_loss_decrease:g}",
-            f"<= {plan.max_loss_after_warmup:g}",
+            plan.phase, state, f"{plan.num_train_steps:,}", f"{plan.tokens:,}", plan.bound_by, f"{plan.eval_steps:,}",
+            f"{plan.save_steps:,}", f">= {plan.min_loss_decrease:g}", f"<= {plan.max_loss_after_warmup:g}",
         )  # fmt: skip
     console.print(phases)
 
