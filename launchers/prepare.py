@@ -53,7 +53,7 @@ def prepare(arguments: Namespace) -> int:
         require_plain_path(link.paths)
     starts = [Start(link.paths, link.run, link.plan("slurm", f"job {job}"), fresh=True) for link in wanted.links]
     with usable(RunPaths(wanted.root or starts[0].paths.root)):
-        to_do = [start for start in make_all(starts, wanted.root, arguments) if not start.complete]
+        to_do = [start for start in make_all(starts, arguments) if not start.complete]
         with contextlib.ExitStack() as locks:
             for start in to_do:
                 locks.enter_context(only_starter(start.paths))

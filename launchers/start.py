@@ -47,7 +47,7 @@ class Start:
         return replace(self, run=self.run if arguments.name else replace(self.run, name=before.name), fresh=False)
 
 
-def make_all(starts: Sequence[Start], root: Path | None, arguments: Namespace) -> list[Start]:
+def make_all(starts: Sequence[Start], arguments: Namespace) -> list[Start]:
     """Make the directories that are not there yet.
 
     Raises:

@@ -38,10 +38,11 @@ def submit(arguments: Namespace) -> int:
         if arguments.launcher == "accelerate":
             for start in starts:
                 require_accelerate_config(start.paths, start.run.config.infra.distributed_type)
-        starts = [start.joined_to(find_run(start.paths, start.run), arguments) for start in starts]
-        show_plans(wanted, starts)
+        found = [start.joined_to(find_run(start.paths, start.run), arguments) for start in starts]  # or it is refused
+        starts = found if arguments.dry_run else make_all(starts, arguments)
+        show_plans(wanted, starts, in_full=arguments.dry_run)
         if not arguments.dry_run:
-            return run_all(make_all(starts, wanted.root, arguments), arguments, wanted.root)
+            return run_all(starts, arguments, wanted.root)
         if cluster == "slurm":
             for start in starts:
                 options = launch_options(start.paths, arguments)
@@ -63,16 +64,19 @@ def require_what_runs_need(starts: Sequence[Start], arguments: Namespace, cluste
     require_text(starts[-1].run)
 
 
-def show_plans(wanted: Asked, starts: Sequence[Start]) -> None:
-    """The plan of a phase alone; of a chain, what its phases share and then a line for each."""
+def show_plans(wanted: Asked, starts: Sequence[Start], *, in_full: bool) -> None:
+    """The plan of a phase alone; of a chain, what its phases share, a line for each, and if ``in_full`` each plan."""
     if wanted.root is None:
         show.plan(starts[0].plan, continues=not starts[0].fresh)
-    else:
-        states = [
-            "passed" if link.passed else "new" if start.fresh else "goes on"
-            for link, start in zip(wanted.links, starts, strict=True)
-        ]
-        show.chain(wanted.root, [start.plan for start in starts], states, asked=wanted.phase)
+        return
+    states = [
+        "passed" if link.passed else "new" if start.fresh else "goes on"
+        for link, start in zip(wanted.links, starts, strict=True)
+    ]
+    show.chain(wanted.root, [start.plan for start in starts], states, asked=wanted.phase)
+    for start in starts if in_full else ():
+        print()
+        show.plan(start.plan, continues=not start.fresh)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ from launchers.run_status import read_status
 
 def why_not_yet(paths: RunPaths) -> str | None:
     """Why the phase may not begin: the one before has not passed its gate; None where it may, or has begun."""
+    if chain_of(paths) is None:
+        return None
     run = read_run_config(paths)
     if run.starts_from is None or run.starts_from.kind != "gate" or run.phase is None or read_origin(paths):
         return None
@@ -44,8 +46,9 @@ def jobs_before(paths: RunPaths, *, but: str) -> list[str]:
     """
     start = read_run_config(paths).starts_from
     assert start is not None
-    states = slurm.job_states([job for job in newest_jobs(RunPaths(Path(start.source))) if job != but])
-    return [job for job, said in states.items() if not said.ended]
+    jobs = [job for job in newest_jobs(RunPaths(Path(start.source))) if job != but]
+    states = slurm.job_states(jobs)
+    return [job for job in jobs if not states[job].ended]
 
 
 def adopt(paths: RunPaths, job: str) -> None:
@@ -70,7 +73,8 @@ def end(paths: RunPaths, own_job: str, why: str) -> None:
         if read_status(later).attempts:
             continue  # it has been begun from an earlier proof, and is none of this chain's future
         jobs = [job for job in jobs_of(later) if job != own_job]
-        live = [job for job, said in slurm.job_states(jobs).items() if not said.ended]
+        states = slurm.job_states(jobs)
+        live = [job for job in jobs if not states[job].ended]
         for job in live:
             slurm.cancel(job)
         if live or own_job in jobs_of(later):

@@ -20,7 +20,7 @@ from encdec.training.execution import TrainingPhase
 from encdec.training.run_config import resolve_run
 from launchers.arguments import parse_submit
 from launchers.cluster_file import read_cluster_file
-from launchers.script import UNKNOWN_SUBMISSION, JobRequest, job_text, require_plain_path, sbatch_text
+from launchers.script import UNKNOWN_SUBMISSION, JobRequest, job_text, made_inside, require_plain_path, sbatch_text
 from launchers.slurm import flags_of
 from tests.conftest import MICRO, REPOSITORY, wait_until
 
@@ -75,7 +75,7 @@ BY_HAND = "by-hand"
 def text_of(case: str) -> str:
     """The script, without the digest that changes with every key of the configuration tree."""
     asked = by_hand() if case == BY_HAND else request(*CASES[case])
-    text = job_text(asked, "12") if case == BY_HAND else sbatch_text(asked)
+    text = job_text(asked, made_inside("12")) if case == BY_HAND else sbatch_text(asked)
     return text.replace(asked.run.identity[:16], "<identity>")
 
 
