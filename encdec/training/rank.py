@@ -22,11 +22,13 @@ from encdec.files import RunPaths, atomic_write_json
 from encdec.records import RankResult
 from encdec.tokenization_qwen3_encdec import Qwen3EncoderDecoderTokenizer
 from encdec.training import sharding, storage
+from encdec.training.alerts import ending_of
 from encdec.training.build import build_model, build_trainer, prepare_text
 from encdec.training.execution import TrainingPhase
 from encdec.training.finish import check_sanity, finish
 from encdec.training.run_config import RunConfig, read_run_config
 from encdec.training.signals import Requests
+from encdec.training.trainer import Qwen3EncoderDecoderTrainer
 
 log = logging.getLogger("encdec.train")
 
@@ -107,12 +109,22 @@ def _train(
         requests.listen()  # not before: until now there is nothing to save, and SIGTERM should simply end this rank
         result = finish(run, paths, trainer.train(), trainer)
         trainer.checkpoints.close(hurried=result["cause"] == "signalled")
+        tell_end(trainer, result)
         return result
+    except Exception as error:
+        tell_end(trainer, ending_of(error, trainer.state.global_step))
+        raise
     finally:
         trainer.saving.abandon()
         for observer in trainer.observers:
             observer.close()
         dist.destroy_process_group()
+
+
+def tell_end(trainer: Qwen3EncoderDecoderTrainer, ending: dict[str, Any]) -> None:
+    """Tell the observers how the attempt ended: ``cause, step, message``."""
+    for observer in trainer.observers:
+        observer.on_end(ending)
 
 
 def require_one_attempt(attempt: int) -> None:
