@@ -45,7 +45,7 @@ def choose_cluster(asked: str, run: RunConfig) -> tuple[str, str]:
 
 
 def require_devices(run: RunConfig) -> None:
-    """Local runs need their GPUs, their engine and what notifies people here. Looks at files, since no torch is loaded on this side.
+    """Local runs need their GPUs, their engine and what notifies people here. Looks at files: no torch is loaded here.
 
     Raises:
         MissingPrerequisite: fewer GPUs than ranks, no DeepSpeed, or no means of notification.

@@ -38,7 +38,7 @@ class Observer(Protocol):
         return
 
     def on_alert(self, alert: Mapping[str, Any]) -> None:
-        """``type, step, value, threshold, message``, and maybe ``occurrences``: how many of its type there have been."""
+        """``type, step, value, threshold, message``; maybe ``occurrences``, how many of its type there have been."""
         return
 
     def on_end(self, ending: Mapping[str, Any]) -> None:

@@ -18,8 +18,9 @@ class RateLimit:
         self._held: Counter[str] = Counter()
 
     def admit(self, kind: str, now: float) -> int | None:
-        """None: not now. Else how many of this kind have been held back since the last that was admitted. A present that
-        lies before the last one, as after a return to an earlier step, begins anew.
+        """None: not now. Else how many of this kind have been held back since the last that was admitted.
+
+        A present that lies before the last one, as after a return to an earlier step, begins anew.
         """
         last = self._told.get(kind)
         if last is not None and last <= now < last + self._interval:
