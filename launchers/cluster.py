@@ -6,6 +6,7 @@ from pathlib import Path
 
 from encdec.data.corpus import open_corpus
 from encdec.errors import ConfigError, MissingPrerequisite
+from encdec.training.notifications import require_notifications
 from encdec.training.rules import require_deepspeed
 from encdec.training.run_config import RunConfig
 from launchers.slurm import why_no_controller
@@ -44,13 +45,14 @@ def choose_cluster(asked: str, run: RunConfig) -> tuple[str, str]:
 
 
 def require_devices(run: RunConfig) -> None:
-    """Local runs need their GPUs and their engine here. Looks at files, since no torch is loaded on this side.
+    """Local runs need their GPUs, their engine and what notifies people here. Looks at files: no torch is loaded here.
 
     Raises:
-        MissingPrerequisite: fewer GPUs than ranks, or no DeepSpeed.
+        MissingPrerequisite: fewer GPUs than ranks, no DeepSpeed, or no means of notification.
     """
     if run.config.infra.distributed_type == "deepspeed":
         require_deepspeed()
+    require_notifications(run.config.infra.notify_env)
     if run.config.infra.device != "cuda":
         return
     found = count_gpus()

@@ -28,8 +28,10 @@ from encdec.modeling_qwen3_encdec import Qwen3ForSeq2SeqLM
 from encdec.records import JsonLinesWriter, event
 from encdec.tokenization_qwen3_encdec import Qwen3EncoderDecoderTokenizer
 from encdec.training import sharding
+from encdec.training.alerts import Notifier, Watch
 from encdec.training.config import FullConfig
 from encdec.training.engines import start_engine
+from encdec.training.notifications import Sender, open_addresses
 from encdec.training.observers import Observer, Records, TensorBoard, TextLog, WeightsAndBiases
 from encdec.training.rules import require_memory
 from encdec.training.run_config import RunConfig
@@ -178,7 +180,7 @@ def build_trainer(
     loader = build_dataloader(
         dataset, collator, sampler, num_workers=config.data.dataloader_num_workers, pin_memory=device.type == "cuda"
     )
-    return Qwen3EncoderDecoderTrainer(
+    trainer = Qwen3EncoderDecoderTrainer(
         model,
         tokenizer,
         config,
@@ -194,6 +196,9 @@ def build_trainer(
         attempt=attempt,
         restart=restart,
     )
+    if rank == 0:
+        trainer.observers.append(Watch.from_config(config.training, trainer.schedule, trainer.observers))
+    return trainer
 
 
 def checkpoint_manager(run: RunConfig, paths: RunPaths, attempt: int, payload: str) -> CheckpointManager:
@@ -243,7 +248,7 @@ def evaluation_batches(config: FullConfig, packed: Path, collator: UL2DataCollat
 
 
 def observers(run: RunConfig, paths: RunPaths, attempt: int) -> list[Observer]:
-    """Who is told about the steps: the records always, the trackers as configured."""
+    """Who is told about the steps: the records always, trackers and people as configured."""
     files = paths.attempt(attempt)
     infra, training = run.config.infra, run.config.training
     told: list[Observer] = [
@@ -263,6 +268,8 @@ def observers(run: RunConfig, paths: RunPaths, attempt: int) -> list[Observer]:
                 config=run.to_mapping(),
             )
         )
+    if infra.notify_env:
+        told.append(Notifier(run.name, attempt, Sender(open_addresses(infra.notify_env))))
     return told
 
 

@@ -211,6 +211,18 @@ class TrainingConfig(Section):
     """Gradient norm that counts as a spike."""
     grad_spike_patience: PositiveInt = 3
     """Consecutive spikes before a stop."""
+    monitor_loss_spike: Annotated[float, Field(gt=1)] = 2.0
+    """Alert where a loss, out of warm-up, is above this multiple of the mean of the 100 before it."""
+    monitor_grad_norm: PositiveFloat = 10.0
+    """Alert where the gradient norm before clipping is above this."""
+    monitor_throughput_share: Fraction = 0.5
+    """Alert where the mean throughput of 10 steps is below this share of the usual (median of 500); 0: never."""
+    monitor_data_wait_share: Annotated[float, Field(gt=0, le=1)] = 0.3
+    """Alert where 50 steps spent more than this share of their time waiting for data; 1: never."""
+    monitor_memory_growth: Annotated[float, Field(gt=1)] = 1.5
+    """Alert where memory is above this multiple of its level after the first steps, then of that of the last alert."""
+    monitor_alert_steps: PositiveInt = 100
+    """Steps between two alerts of one kind. All are counted."""
 
 
 class InfraConfig(Section):
@@ -245,6 +257,9 @@ class InfraConfig(Section):
     """W&B entity."""
     wandb_run_name: str | None = None
     """W&B run name; the run directory's name unless given."""
+    notify_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
+    """Name of the environment variable with addresses (apprise URLs, separated by spaces) that are sent alerts, closed
+    gates and the ends of attempts. They hold secrets, so they stand in no file and no log. None: nobody is told."""
 
 
 class PhaseOverrides(Section):

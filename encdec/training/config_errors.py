@@ -43,6 +43,8 @@ def explain(
             remedy=f"Write {path}: on a line of its own and its keys below it, indented",
         )
     shown = repr(value) if not isinstance(value, dict) else "a mapping"
+    if first["type"] == "string_pattern_mismatch" and "://" in str(value):
+        shown = "an address"  # which may hold a secret
     rule = first["msg"].removeprefix("Value error, ")
     return ConfigError(
         f"{source}: {path} breaks the rule '{rule[0].lower() + rule[1:]}'",

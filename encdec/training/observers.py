@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 from collections import deque
@@ -19,16 +20,36 @@ log = logging.getLogger("encdec.train")
 
 
 class Observer(Protocol):
-    """Told by the trainer after the fact; must not raise for a reason that is not worth the run."""
+    """Told by the trainer after the fact; must not raise for a reason that is not worth the run.
 
-    def on_step(self, record: StepRecord, moving_loss: float) -> None: ...
-    def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None: ...
-    def on_save(self, saved: Saved) -> None: ...
-    def on_save_failed(self, step: int, reason: str, last: str | None) -> None: ...
-    def close(self) -> None: ...
+    Those that inherit leave out what is nothing to them.
+    """
+
+    def on_step(self, record: StepRecord, moving_loss: float) -> None:
+        return
+
+    def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        return
+
+    def on_save(self, saved: Saved) -> None:
+        return
+
+    def on_save_failed(self, step: int, reason: str, last: str | None) -> None:
+        return
+
+    def on_alert(self, alert: Mapping[str, Any]) -> None:
+        """``type, step, value, threshold, message``; maybe ``occurrences``, how many of its type there have been."""
+        return
+
+    def on_end(self, ending: Mapping[str, Any]) -> None:
+        """Once, before ``close``: ``cause, step, message`` of how the attempt ended, an error's too."""
+        return
+
+    def close(self) -> None:
+        return
 
 
-class Records:
+class Records(Observer):
     """Every step and every save as one JSON line. What lies before a checkpoint is as durable as the checkpoint: a run
     that goes on from it does not write it again.
 
@@ -62,12 +83,17 @@ class Records:
     def on_save_failed(self, step: int, reason: str, last: str | None) -> None:
         self._events.write(event("save_failed", step=step, reason=reason, checkpoint=last))
 
+    def on_alert(self, alert: Mapping[str, Any]) -> None:
+        # JSON has no nan and no infinity; the message has them
+        facts = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in alert.items()}
+        self._events.write(event("alert", **facts))
+
     def close(self) -> None:
         self._steps.close()
         self._events.close()
 
 
-class TextLog:
+class TextLog(Observer):
     """A line every ``logging_steps``; a progress bar with ETA from the last 50 steps where a terminal looks on.
 
     Args:
@@ -79,7 +105,6 @@ class TextLog:
         self._total, self._every = total_steps, logging_steps
         self._seconds: deque[float] = deque(maxlen=50)
         self._saved = 0
-        self._first_memory: float | None = None
         self._bar: Progress | None = None
         if sys.stderr.isatty():
             columns = (
@@ -101,7 +126,6 @@ class TextLog:
             self._bar.update(self._task, completed=record.step, description=text)
         elif record.step % self._every == 0 or record.step == self._total:
             log.info("%s", self._line(record, moving_loss))
-        self._watch_memory(record.memory_gb)
 
     def _line(self, record: StepRecord, moving_loss: float) -> str:
         left = (self._total - record.step) * sum(self._seconds) / len(self._seconds)
@@ -111,13 +135,6 @@ class TextLog:
             f"{record.tokens_per_second:,.0f} tokens/s  "
             f"memory {record.memory_gb:.2f} GB  since checkpoint {record.step - self._saved}  ETA {left:.0f} s"
         )
-
-    def _watch_memory(self, memory_gb: float) -> None:
-        if self._first_memory is None:
-            self._first_memory = memory_gb
-        elif memory_gb > 1.5 * self._first_memory and self._first_memory > 0.1:
-            log.warning("memory grew from %.2f GB to %.2f GB", self._first_memory, memory_gb)
-            self._first_memory = memory_gb  # warn again only after as much growth again
 
     def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         log.info("evaluation at step %d: %s", step, "  ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
@@ -134,12 +151,15 @@ class TextLog:
     def on_save_failed(self, step: int, reason: str, last: str | None) -> None:
         log.error("no checkpoint of step %d: %s; the newest is %s", step, reason, last or "none")
 
+    def on_alert(self, alert: Mapping[str, Any]) -> None:
+        log.warning("alert %s at step %d: %s", alert["type"], alert["step"], alert["message"])
+
     def close(self) -> None:
         if self._bar:
             self._bar.stop()
 
 
-class TensorBoard:
+class TensorBoard(Observer):
     """Scalars for TensorBoard, one file a start, steps as abscissa."""
 
     def __init__(self, folder: Path) -> None:
@@ -162,11 +182,14 @@ class TensorBoard:
     def on_save_failed(self, step: int, reason: str, last: str | None) -> None:
         self._writer.add_text("checkpoint/failed", reason, step)
 
+    def on_alert(self, alert: Mapping[str, Any]) -> None:
+        self._writer.add_text(f"alert/{alert['type']}", alert["message"], alert["step"])
+
     def close(self) -> None:
         self._writer.close()
 
 
-class WeightsAndBiases:
+class WeightsAndBiases(Observer):
     """One W&B run for all attempts of a run directory; offline where nobody is logged in."""
 
     def __init__(self, folder: Path, *, run_id: str, project: str, entity: str | None, name: str, config: Any) -> None:
@@ -200,6 +223,9 @@ class WeightsAndBiases:
 
     def on_save_failed(self, step: int, reason: str, last: str | None) -> None:
         self._run.alert("A checkpoint could not be written", f"step {step}: {reason}; the newest is {last}")
+
+    def on_alert(self, alert: Mapping[str, Any]) -> None:
+        self._run.alert(alert["type"], f"step {alert['step']}: {alert['message']}", level="WARN")
 
     def close(self) -> None:
         self._run.finish()

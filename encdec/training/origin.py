@@ -10,6 +10,7 @@ from blake3 import blake3
 from torch import nn
 
 from encdec import distributed
+from encdec.checkpoints.catalog import committed
 from encdec.checkpoints.manifest import MANIFEST, read_manifest, verify
 from encdec.checkpoints.payload import open_weights
 from encdec.checkpoints.stored import feed_tensor, require_same_model
@@ -22,6 +23,29 @@ from encdec.training.run_config import RunConfig
 
 log = logging.getLogger("encdec.train")
 REMEDY = "Give weights of the model that the configuration describes"
+
+
+def has_checkpoint(paths: RunPaths) -> bool:
+    """Whether a checkpoint of the run itself lies there to go on from; the same on all ranks."""
+    return distributed.on_rank_zero(lambda: bool(committed(paths.checkpoints)))
+
+
+def require_weights(run: RunConfig, *, goes_on: bool, step: int) -> None:
+    """The weights that a run starts from are read only where it has no checkpoint to go on from.
+
+    Args:
+        goes_on: whether it has.
+        step: at which it goes on.
+
+    Raises:
+        CheckpointError: it had some, and none of them could be used.
+    """
+    if run.starts_from and goes_on and not step:
+        raise CheckpointError(
+            "A run that starts from given weights reads them before it shards the model",
+            found="only checkpoints that cannot be used",
+            remedy="Nothing to do where they were moved to quarantine: the next start reads the given weights again",
+        )
 
 
 def begin_from(run: RunConfig, paths: RunPaths, model: nn.Module) -> None:

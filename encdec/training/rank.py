@@ -16,17 +16,17 @@ import torch.distributed as dist
 
 import encdec
 from encdec import distributed
-from encdec.checkpoints.catalog import committed
 from encdec.checkpoints.model_files import keep_model_files
-from encdec.errors import CheckpointError, EncdecError, ShardingError
+from encdec.errors import EncdecError, ShardingError
 from encdec.files import RunPaths, atomic_write_json
 from encdec.records import RankResult
 from encdec.tokenization_qwen3_encdec import Qwen3EncoderDecoderTokenizer
 from encdec.training import sharding, storage
+from encdec.training.alerts import ending_of
 from encdec.training.build import build_model, build_trainer, prepare_text
 from encdec.training.execution import TrainingPhase
 from encdec.training.finish import check_sanity, finish
-from encdec.training.origin import begin_from
+from encdec.training.origin import begin_from, has_checkpoint, require_weights
 from encdec.training.run_config import RunConfig, read_run_config
 from encdec.training.signals import Requests
 from encdec.training.trainer import Qwen3EncoderDecoderTrainer
@@ -111,11 +111,15 @@ def _train(
     )  # fmt: skip
     try:
         trainer.start_from(resume_from)
-        require_weights(run, trainer, goes_on=goes_on)
+        require_weights(run, goes_on=goes_on, step=trainer.state.global_step)
         requests.listen()  # not before: until now there is nothing to save, and SIGTERM should simply end this rank
         result = finish(run, paths, trainer.train(), trainer)
         trainer.checkpoints.close(hurried=result["cause"] == "signalled")
+        tell_end(trainer, result)
         return result
+    except Exception as error:
+        tell_end(trainer, ending_of(error, trainer.state.global_step))
+        raise
     finally:
         trainer.saving.abandon()
         for observer in trainer.observers:
@@ -123,23 +127,10 @@ def _train(
         dist.destroy_process_group()
 
 
-def has_checkpoint(paths: RunPaths) -> bool:
-    """Whether a checkpoint of the run itself lies there to go on from; the same on all ranks."""
-    return distributed.on_rank_zero(lambda: bool(committed(paths.checkpoints)))
-
-
-def require_weights(run: RunConfig, trainer: Qwen3EncoderDecoderTrainer, *, goes_on: bool) -> None:
-    """The weights that a run starts from are read only where it has no checkpoint to go on from.
-
-    Raises:
-        CheckpointError: it had some, and none of them could be used.
-    """
-    if run.starts_from and goes_on and not trainer.state.global_step:
-        raise CheckpointError(
-            "A run that starts from given weights reads them before it shards the model",
-            found=f"{len(trainer.checkpoints.rejected)} checkpoints that cannot be used, and no other",
-            remedy="Nothing to do where they were moved to quarantine: the next start reads the given weights again",
-        )
+def tell_end(trainer: Qwen3EncoderDecoderTrainer, ending: dict[str, Any]) -> None:
+    """Tell the observers how the attempt ended: ``cause, step, message``."""
+    for observer in trainer.observers:
+        observer.on_end(ending)
 
 
 def require_one_attempt(attempt: int) -> None:

@@ -27,8 +27,11 @@ PLACE_KEYS = (
     "name", "nodes", "ranks_per_node", "config.infra.num_gpus", "config.infra.output_dir", "config.infra.logging_dir",
     "config.infra.checkpoint_mirror", "config.data.packed_dir", "config.data.preprocessing_num_workers",
     "starts_from.source",
+    "config.infra.notify_env", "config.training.monitor_loss_spike", "config.training.monitor_grad_norm",
+    "config.training.monitor_throughput_share", "config.training.monitor_data_wait_share",
+    "config.training.monitor_memory_growth", "config.training.monitor_alert_steps",
 )  # fmt: skip
-"""Dotted paths that say where a run runs and what it is called, not what it computes."""
+"""Dotted paths that say where a run runs, what it is called and who is told what about it, not what it computes."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from encdec.errors import MissingPrerequisite, ShardingError
 from encdec.training.config import InfraConfig, TrainingConfig
+from encdec.training.notifications import require_notifications
 from encdec.training.rules import require_deepspeed
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
@@ -24,6 +25,7 @@ def require_ranks(infra: InfraConfig, expected_world_size: int | None = None) ->
 
     Raises:
         ShardingError: the environment describes another number of ranks, or another engine.
+        MissingPrerequisite: an engine or the means of notification are not there.
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -36,6 +38,8 @@ def require_ranks(infra: InfraConfig, expected_world_size: int | None = None) ->
             "accelerate launch --cpu collapses to one process, leave --cpu out",
         )
     require_engine(infra)
+    if os.environ.get("RANK", "0") == "0":
+        require_notifications(infra.notify_env)
 
 
 def require_engine(infra: InfraConfig) -> None:

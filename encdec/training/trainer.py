@@ -24,6 +24,7 @@ from encdec.checkpoints import TRAINER_STATE, CheckpointManager, reading
 from encdec.checkpoints.payload import payload_named
 from encdec.errors import TrainingDiverged
 from encdec.records import StepRecord
+from encdec.training.alerts import tell_not_finite
 from encdec.training.config import FullConfig
 from encdec.training.early_stopping import EarlyStopping
 from encdec.training.engines import Engine, TorchEngine
@@ -141,6 +142,7 @@ class Qwen3EncoderDecoderTrainer:
         loss_sum, tokens, squares, *counts = self._reduce(own_loss_sum, own_tokens, flags)
         loss = loss_sum / max(tokens, 1.0)
         if not math.isfinite(loss) or not math.isfinite(squares):
+            tell_not_finite(self.observers, self.state.global_step + 1, loss, squares)
             raise TrainingDiverged(
                 f"The loss and the gradients must be finite numbers at step {self.state.global_step + 1}",
                 found=f"loss {loss}, squared gradient norm {squares}",

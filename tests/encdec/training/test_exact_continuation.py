@@ -68,6 +68,9 @@ class Memory:
     def on_save_failed(self, step, reason, last):
         self.told.append(("failed", step))
 
+    def on_alert(self, alert):
+        self.told.append((alert["type"], alert["step"]))
+
     def close(self): ...
 
 
