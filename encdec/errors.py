@@ -96,3 +96,9 @@ class TrainingDiverged(EncdecError):
     """The loss is not a number, or a phase's bounds were not met."""
 
     exit_code = ExitCode.GATE_NOT_PASSED
+
+
+class GateNotPassed(EncdecError):
+    """A required gate did not pass: what was measured does not allow to go on."""
+
+    exit_code = ExitCode.GATE_NOT_PASSED

@@ -163,13 +163,7 @@ def build_trainer(
     )
     log.info("%s, computing in %s", engine.prove_sharding(world), dtype)
     dataset = UL2Dataset(open_packed(packed, "train"))
-    collator = UL2DataCollator(
-        tokenizer,
-        config.data.max_encoder_length,
-        config.data.max_decoder_length,
-        task_weights=tuple(config.data.ul2_task_weights),
-        seed=config.training.seed,
-    )
+    collator = make_collator(config, tokenizer)
     sampler = GlobalBatchSampler(len(dataset), run.global_batch_size, micro, rank, world, config.training.seed)
     loader = build_dataloader(
         dataset, collator, sampler, num_workers=config.data.dataloader_num_workers, pin_memory=device.type == "cuda"
@@ -189,6 +183,17 @@ def build_trainer(
         observers=observers(run, paths, attempt) if rank == 0 else (),
         attempt=attempt,
         restart=restart,
+    )
+
+
+def make_collator(config: FullConfig, tokenizer: Qwen3EncoderDecoderTokenizer) -> UL2DataCollator:
+    """Corrupts and pads as the configuration says."""
+    return UL2DataCollator(
+        tokenizer,
+        config.data.max_encoder_length,
+        config.data.max_decoder_length,
+        task_weights=tuple(config.data.ul2_task_weights),
+        seed=config.training.seed,
     )
 
 
