@@ -1,4 +1,4 @@
-"""The pipeline's configuration: what is trained at which scale, by which gates it is judged, where results go. No torch.
+"""The pipeline's configuration: what is trained at which scale, by which gates it is judged, where it goes. No torch.
 
 ``save`` and ``load`` keep it in YAML or JSON (by the file's suffix) without loss; an unknown key is refused.
 """
@@ -105,7 +105,7 @@ class GateConfig(Section):
     description: str = ""
     """Why it is asked for."""
     levels: list[Level] | None = None
-    """Where it is asked for; None: where the table has its name, or from the first level on that measures its metric."""
+    """Where it is asked for; None: where the table has its name, else from the first level that measures it."""
 
     @property
     def gate(self) -> ValidationGate:
@@ -307,17 +307,18 @@ def create_quick_test_config() -> PipelineTrainingConfig:
     """Every part of the pipeline in seconds on a CPU, without a network: shrunk models on this Python's own text."""
     return PipelineTrainingConfig(
         experiment_name="quick-test", model_overrides=ModelOverrides(
-            hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-            head_dim=32, max_position_embeddings=128,
+            hidden_size=32, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+            head_dim=16, max_position_embeddings=128,
         ),
-        scale_overrides={ModelScale.SMALL: ModelOverrides(hidden_size=96, intermediate_size=288, num_attention_heads=3)},
-        max_steps=120, batch_size=16, micro_batch_size=8, learning_rate=1e-2, train_tokenizer_vocab_size=512,
+        scale_overrides={ModelScale.SMALL: ModelOverrides(hidden_size=48, intermediate_size=144, num_hidden_layers=2)},
+        max_steps=200, batch_size=8, micro_batch_size=8, learning_rate=5e-3, train_tokenizer_vocab_size=300,
         num_sentinel_tokens=16, device="cpu", data=DataConfig(
             dataset_name="python-stdlib", max_seq_length=48, max_encoder_length=64, max_decoder_length=64,
             max_examples=60, validation_fraction=0.1, dataloader_num_workers=0,
         ),
-        settings={"training.eval_samples": 32, "training.adam_beta2": 0.95,
-                  "infra.fsdp_activation_checkpointing": False},
+        settings={
+            "training.eval_samples": 32, "training.adam_beta2": 0.95, "infra.fsdp_activation_checkpointing": False,
+        },
     )  # fmt: skip
 
 

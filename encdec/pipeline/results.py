@@ -14,7 +14,7 @@ from rich.table import Table
 
 from encdec.errors import ExitCode
 from encdec.gates import GateLevel, GateReport
-from encdec.pipeline.scales import ModelScale, in_millions
+from encdec.pipeline.scales import ModelScale, in_short
 from encdec.records import JsonLinesWriter
 
 EXIT_CODES = {
@@ -103,7 +103,7 @@ def results_table(results: Sequence[ScaleResult], planned: Sequence[ModelScale] 
             table.add_row(scale, *[""] * (4 + len(GateLevel)), "not begun", style="dim")
             continue
         table.add_row(
-            scale, in_millions(result.parameters), f"{result.step:,}", f"{result.final_loss:.4f}",
+            scale, in_short(result.parameters), f"{result.step:,}", f"{result.final_loss:.4f}",
             f"{result.training_time_seconds:,.1f} s", *(_gates_in_words(result.gates.get(level)) for level in GateLevel),
             f"{'success' if result.success else 'FAILED'}: {result.reason}", style="" if result.success else "red",
         )  # fmt: skip

@@ -7,7 +7,7 @@ import logging
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from encdec.checkpoints.payload import open_weights
 from encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 from encdec.errors import CheckpointError, ConfigError, ExitCode, TrainingDiverged
 from encdec.files import RunPaths
-from encdec.gates import GateReport, ValidationGate, judge
+from encdec.gates import ValidationGate, judge
 from encdec.modeling_qwen3_encdec import Qwen3ForSeq2SeqLM
 from encdec.pipeline.facts import QUICK_STEPS, newest_attempt_says, quick_measurements
 from encdec.pipeline.scales import ScaleConfig
@@ -65,14 +65,14 @@ class QuickWatch:
 
     def __init__(self, gates: tuple[ValidationGate, ...], paths: RunPaths) -> None:
         self._gates, self._paths = gates, paths
-        self.failed: GateReport | None = None
+        self._failed = False
 
     def on_step(self, record: StepRecord, moving_loss: float) -> None:
-        if record.step % QUICK_STEPS or self.failed:
+        if record.step % QUICK_STEPS or self._failed:
             return
         report = judge(self._gates, quick_measurements(record.step, record.loss, record.grad_norm))
         if not report.passed:
-            self.failed = report
+            self._failed = True
             log.error("step %d: %s", record.step, report.summary())
             self._paths.stop_request.touch()
 
@@ -89,7 +89,7 @@ class QuickWatch:
         """Holds nothing open."""
 
 
-def train_here(config_file: Path, paths: RunPaths, make_model: ModelMaker, watch: QuickWatch) -> Ending:
+def train_here(config_file: Path, paths: RunPaths, make_model: ModelMaker, watchers: Sequence[QuickWatch]) -> Ending:
     """Train in this process, alone; a run directory of the same configuration is continued.
 
     Raises:
@@ -101,7 +101,7 @@ def train_here(config_file: Path, paths: RunPaths, make_model: ModelMaker, watch
     make_run_directory(paths, run)
     try:
         with _kept_signal_handlers():
-            outcome = run_rank(run, paths, make_model=make_model, watchers=[watch])
+            outcome = run_rank(run, paths, make_model=make_model, watchers=watchers)
     except TrainingDiverged as error:
         return Ending("diverged", str(error))
     return Ending(outcome["cause"], outcome["message"])

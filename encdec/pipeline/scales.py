@@ -186,14 +186,16 @@ def scale_table(vocab_size: int = VOCABULARY) -> Table:
         table.add_row(
             row.name, row.label, f"{row.hidden_size:,}", str(row.num_hidden_layers),
             f"{row.num_attention_heads} ({row.num_key_value_heads})", str(row.head_dim), f"{row.intermediate_size:,}",
-            f"{row.max_position_embeddings:,}", *map(in_millions, (counts.encoder, counts.decoder, counts.embedding)),
-            in_millions(counts.total), f"{row.memory_gb} GB", f"{row.recommended_samples:,}",
+            f"{row.max_position_embeddings:,}", *map(in_short, (counts.encoder, counts.decoder, counts.embedding)),
+            in_short(counts.total), f"{row.memory_gb} GB", f"{row.recommended_samples:,}",
         )  # fmt: skip
     return table
 
 
-def in_millions(count: int) -> str:
-    """``count`` as a person says it: 128.2M, 12.97B."""
+def in_short(count: int) -> str:
+    """``count`` as a person says it: 34.4K, 128.2M, 12.97B."""
+    if count < 1e6:
+        return f"{count / 1e3:.1f}K"
     return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 from encdec.errors import DataError
 
@@ -167,7 +167,7 @@ def call_in(text: str) -> dict[str, Any] | None:
     return None
 
 
-def _is_call(value: Any) -> bool:
+def _is_call(value: Any) -> TypeGuard[dict[str, Any]]:
     return isinstance(value, dict) and isinstance(value.get("name"), str) and isinstance(value.get("arguments"), dict)
 
 

@@ -29,25 +29,20 @@ def gates_at(level: GateLevel, custom: CustomGates = ()) -> tuple[ValidationGate
     """The table's gates of a level with the user's own laid over them.
 
     Args:
-        custom: by level, or without: then a gate replaces the one of its name at each level that has one, and one of
-            a new name is asked for from the first level on that measures its metric.
+        custom: by level, or without (see ``asked_at``).
     """
-    table = GATES[level]
     if isinstance(custom, Mapping):
-        return with_custom(table, custom.get(level, ()))
-    known = {gate.name for gates in GATES.values() for gate in gates}
-    here = {gate.name for gate in table}
-    asked = [
-        gate
-        for gate in custom
-        if gate.name in here
-        or (gate.name not in known and LEVELS.index(level) >= LEVELS.index(_first_level(gate.metric_name)))
-    ]
-    return with_custom(table, asked)
+        return with_custom(GATES[level], custom.get(level, ()))
+    return with_custom(GATES[level], [gate for gate in custom if asked_at(level, gate)])
 
 
-def _first_level(metric: str) -> GateLevel:
-    return FIRST_LEVEL.get(metric, GateLevel.FULL)
+def asked_at(level: GateLevel, gate: ValidationGate) -> bool:
+    """Whether a gate that names no level is asked for at ``level``: it replaces the one of its name wherever the table
+    has that; one of a new name is asked for from the first level on that measures its metric.
+    """
+    homes = [home for home, gates in GATES.items() if any(row.name == gate.name for row in gates)]
+    first = FIRST_LEVEL.get(gate.metric_name, GateLevel.FULL)
+    return level in homes if homes else LEVELS.index(level) >= LEVELS.index(first)
 
 
 @dataclass(frozen=True)
@@ -67,7 +62,7 @@ class PipelineValidator:
 
     Args:
         strict: whether a required gate that does not pass raises.
-        custom_gates: laid over the table's (see ``gates_at``).
+        custom_gates: laid over the table's (see ``asked_at``).
         tokenizer: belongs to the models; the task suites need it.
         benchmarks: metric -> JSON-lines file of questions and answers.
         evaluators: metric -> evaluator, besides those that are registered.
