@@ -31,12 +31,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     def add(name: str, text: str) -> argparse.ArgumentParser:
         return commands.add_parser(name, help=text, description=text, formatter_class=Help, allow_abbrev=False)
 
-    run = add("run", "Train one scale and judge it by QUICK and STANDARD.")
+    run = add("run", "Train one scale and judge it by QUICK, STANDARD and the levels up to --through.")
     progressive = add("progressive", "Train one scale after the other; a gate that does not pass ends it.")
     validate = add("validate", "Check place, text, model and gates; train nothing.")
     for command in (run, progressive, validate):
         _add_config(command)
     run.add_argument("--scale", choices=list(ModelScale), help="instead of training.model_scale")
+    run.add_argument(
+        "--through", choices=list(GateLevel)[1:], default="standard", help="last level of gates that is asked for"
+    )
     for command in (progressive, validate):
         command.add_argument("--from", dest="start", choices=list(ModelScale), default="tiny", help="first scale")
         command.add_argument("--to", dest="end", choices=list(ModelScale), default="small", help="last scale")
@@ -82,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     config = read_config(arguments)
     runner = PipelineRunner(config)
-    results = [runner.run()]
+    results = [runner.run(GateLevel(arguments.through))]
     return _tell(arguments, results, (config.training.model_scale,), runner.validator.print_summary)
 
 

@@ -39,7 +39,7 @@ class Evaluation:
     model: nn.Module
     """Plain, not sharded, on any device."""
     batches: Batches | None = None
-    """Held-out batches: input_ids [B, S_e], attention_mask [B, S_e], labels [B, S_d] (-100 where there is no target)."""
+    """Held-out: input_ids [B, S_e], attention_mask [B, S_e], labels [B, S_d] (-100 where there is no target)."""
     tokenizer: Any = None
     """Belongs to the model; the task suites need it."""
     benchmarks: Mapping[str, str | Path] = field(default_factory=dict)
@@ -140,7 +140,7 @@ class Evaluation:
         return sum(matches) / len(matches), len(matches)
 
     def answer(self, question: str, max_new_tokens: int) -> str:
-        """What the model writes behind ``question``: as in S denoising, the rest of a text, which a sentinel stands for.
+        """What the model writes behind ``question``: as in S denoising, the rest of a text that a sentinel stands for.
 
         The encoder reads question, sentinel, end; the decoder begins with the sentinel and goes on to the end.
         """

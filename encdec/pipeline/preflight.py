@@ -1,4 +1,4 @@
-"""Can the pipeline run here, and to its end? Named checks of place, text, model and gates before anything is trained."""
+"""Can the pipeline run here, and to its end? Named checks of place, text, model and gates before any training."""
 
 from __future__ import annotations
 
@@ -168,6 +168,8 @@ def _memory(config: PipelineConfig, parameters: int, launched: bool) -> str:
     ranks, size = training.num_gpus, in_short(parameters)
     if launched:
         return f"{size} parameters, {gigabytes(parameters * BYTES_TRAINED)} without activations, over the job's ranks"
+    if training.device == "cuda" and not torch.cuda.is_available():
+        raise _needs("The memory of a GPU must be known", "no GPU", "Set device: cpu")
     host = psutil.virtual_memory().available
     if training.device == "cpu":
         needed, free, where = parameters * BYTES_TRAINED, host, "this machine"

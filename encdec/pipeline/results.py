@@ -102,9 +102,10 @@ def results_table(results: Sequence[ScaleResult], planned: Sequence[ModelScale] 
         if result is None:
             table.add_row(scale, *[""] * (4 + len(GateLevel)), "not begun", style="dim")
             continue
+        gates = (_gates_in_words(result.gates.get(level)) for level in GateLevel)
         table.add_row(
             scale, in_short(result.parameters), f"{result.step:,}", f"{result.final_loss:.4f}",
-            f"{result.training_time_seconds:,.1f} s", *(_gates_in_words(result.gates.get(level)) for level in GateLevel),
+            f"{result.training_time_seconds:,.1f} s", *gates,
             f"{'success' if result.success else 'FAILED'}: {result.reason}", style="" if result.success else "red",
         )  # fmt: skip
     return table

@@ -90,15 +90,19 @@ class PipelineRunner:
         scales = scales or (self.config.training.model_scale,)
         return inspect(self.config, self.validator, launched=bool(self.launch), scales=scales, levels=levels)
 
-    def run(self) -> ScaleResult:
-        """Train the configuration's scale, and judge it by QUICK and STANDARD.
+    def run(self, through: GateLevel = GateLevel.STANDARD) -> ScaleResult:
+        """Train the configuration's scale, and judge it by QUICK, STANDARD and the levels after it.
+
+        Args:
+            through: the last level that is asked for.
 
         Raises:
             MissingPrerequisite: a check of ``validate_infrastructure`` stands in the way.
             EncdecError: what a user can mend: storage that takes no more, an unreadable suite.
         """
-        self.validate_infrastructure().require()
-        return self._run_scale(self.config.training.model_scale, [GateLevel.STANDARD])
+        levels = LEVELS[LEVELS.index(GateLevel.STANDARD) : LEVELS.index(through) + 1]
+        self.validate_infrastructure(levels=levels).require()
+        return self._run_scale(self.config.training.model_scale, levels)
 
     def run_progressive(
         self,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers.initialization import no_init_weights
 
@@ -35,8 +36,8 @@ from encdec.training.signals import STOP_SIGNALS
 
 log = logging.getLogger("encdec.pipeline")
 ModelFactory = Callable[[ScaleConfig, Any], nn.Module]
-"""(the scale's sizes, tokenizer) -> the model, fp32 on the host. It has ``transformer_layers()``, the units of sharding,
-and is called as ``Qwen3ForSeq2SeqLM`` is."""
+"""(the scale's sizes, tokenizer) -> the model, fp32 on the host: a transformers model that is called as
+``Qwen3ForSeq2SeqLM`` is, with ``transformer_layers()``, the units of sharding."""
 Launch = Callable[[Path, Path], int]
 """(YAML file of a FullConfig, run directory) -> exit code, once the run is over."""
 CAUSES: Mapping[int, str] = {
@@ -104,6 +105,9 @@ def train_here(config_file: Path, paths: RunPaths, make_model: ModelMaker, watch
             outcome = run_rank(run, paths, make_model=make_model, watchers=watchers)
     except TrainingDiverged as error:
         return Ending("diverged", str(error))
+    finally:
+        if dist.is_initialized():  # a rank that fails early leaves it to the end of its process; this one goes on
+            dist.destroy_process_group()
     return Ending(outcome["cause"], outcome["message"])
 
 
@@ -139,18 +143,19 @@ def model_maker(factory: ModelFactory | None, sizes: ScaleConfig) -> ModelMaker:
     """What builds the model of a run: the factory where there is one.
 
     Raises (when called):
-        ConfigError: the factory's model has no ``transformer_layers()``.
+        ConfigError: the factory's model lacks what a run needs of it.
     """
     if factory is None:
         return build_model
 
     def make(config: FullConfig, tokenizer: Any) -> nn.Module:
         model = factory(sizes, tokenizer)
-        if not isinstance(model, nn.Module) or not callable(getattr(model, "transformer_layers", None)):
+        lacking = [name for name in ("transformer_layers", "config", "generation_config") if not hasattr(model, name)]
+        if lacking:
             raise ConfigError(
-                "A model factory must return a module with transformer_layers(), the units of sharding",
-                found=type(model).__name__,
-                remedy="Give it that method; encdec.modeling_qwen3_encdec.Qwen3ForSeq2SeqLM shows it",
+                "A model factory must return a transformers model with transformer_layers(), the units of sharding",
+                found=f"{type(model).__name__} without {', '.join(lacking)}",
+                remedy="Give it those; encdec.modeling_qwen3_encdec.Qwen3ForSeq2SeqLM shows it",
             )
         return model
 

@@ -1,4 +1,4 @@
-"""The sizes in which the model is tried, from one that trains in minutes upward: one table and its arithmetic. No torch.
+"""The sizes in which the model is tried, from one that trains in minutes upward: one table, its arithmetic. No torch.
 
 A scale's name is a label (50M, 7B, ...): about what one of the two stacks has together with the embedding. What the
 encoder-decoder really has is computed (``num_parameters``).

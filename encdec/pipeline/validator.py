@@ -1,4 +1,4 @@
-"""Judges a model by the gates of a level: measures what is not known yet, keeps the verdicts, and stops who is strict."""
+"""Judges a model by the gates of a level: measures what is not known yet, keeps the verdicts, stops who is strict."""
 
 from __future__ import annotations
 

@@ -24,8 +24,8 @@ from encdec.records import RankResult
 from encdec.tokenization_qwen3_encdec import Qwen3EncoderDecoderTokenizer
 from encdec.training import sharding, storage
 from encdec.training.build import build_model, build_trainer, prepare_text
-from encdec.training.execution import TrainingPhase
 from encdec.training.config import FullConfig
+from encdec.training.execution import TrainingPhase
 from encdec.training.finish import check_sanity, finish
 from encdec.training.observers import Observer
 from encdec.training.run_config import RunConfig, read_run_config

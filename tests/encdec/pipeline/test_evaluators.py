@@ -150,7 +150,9 @@ def test_suite_is_the_share_of_right_answers(metric: str, learned, tokenizer, tm
 
 def test_answers_are_the_same_every_time(learned, tokenizer):
     evaluation = Evaluation(learned, tokenizer=tokenizer)
-    assert [evaluation.answer("Unseen question", 20) for _ in range(2)] == [evaluation.answer("Unseen question", 20)] * 2
+    assert [evaluation.answer("Unseen question", 20) for _ in range(2)] == [
+        evaluation.answer("Unseen question", 20)
+    ] * 2
     assert evaluation.answer("3 + 4 =", 20) == " 7"
 
 

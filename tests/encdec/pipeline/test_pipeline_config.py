@@ -106,7 +106,8 @@ def test_overrides_apply_at_every_scale_and_by_scale():
 
 def test_settings_reach_every_key_and_go_before_all_else():
     training = PipelineTrainingConfig(
-        max_steps=5, settings={"training.weight_decay": 1e-05, "training.num_train_steps": 9, "data.text_column": "a: b"}
+        max_steps=5,
+        settings={"training.weight_decay": 1e-05, "training.num_train_steps": 9, "data.text_column": "a: b"},
     )
     full = training.full_config()
     assert (full.training.weight_decay, full.training.num_train_steps) == (1e-05, 9)

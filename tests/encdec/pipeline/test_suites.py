@@ -41,7 +41,7 @@ BAD_LINES = [
     ("arithmetic_accuracy", {"question": "q", "answer": True}, "answer must be a number, found True"),
     ("arithmetic_accuracy", {"question": "q", "answer": "two"}, "answer must be a number"),
     ("arithmetic_accuracy", '{"question": "q", "answer": NaN}', "NaN is no value"),
-    ("tool_accuracy", {"question": "q", "answer": {"name": "f"}}, "answer must be {\"name\""),
+    ("tool_accuracy", {"question": "q", "answer": {"name": "f"}}, 'answer must be {"name"'),
     ("tool_accuracy", {"question": "q", "answer": {"name": 3, "arguments": {}}}, "answer must be"),
     ("tool_accuracy", {"question": "q", "answer": "f(1)"}, "no JSON"),
     ("gsm8k_accuracy", {"question": "q", "answer": "It is 12"}, "must end in '####"),
