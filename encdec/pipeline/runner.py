@@ -151,7 +151,7 @@ class PipelineRunner:
 
     def _judge(self, scale: ModelScale, paths: RunPaths, ending: Ending, levels: Sequence[GateLevel]) -> ScaleResult:
         """From the run directory alone: the run may have been anywhere."""
-        before = len(self.validator.results)
+        before, self.validator.model_name = len(self.validator.results), scale
         training, trained, facts = self.config.training.at_scale(scale), None, RunFacts({}, 1)
         vocabulary = training.train_tokenizer_vocab_size
         if paths.run_yaml.exists():

@@ -52,6 +52,8 @@ class Verdict:
     level: GateLevel
     step: int | None
     report: GateReport
+    model: str = ""
+    """What was judged, where several are."""
 
 
 class PipelineValidator:
@@ -83,6 +85,8 @@ class PipelineValidator:
         self.custom_gates = custom_gates if isinstance(custom_gates, Mapping) else tuple(custom_gates)
         self.tokenizer, self.benchmarks, self.evaluators = tokenizer, dict(benchmarks or {}), dict(evaluators or {})
         self.generations = generations
+        self.model_name = ""
+        """Goes into the verdicts from now on."""
         self.results: list[Verdict] = []
 
     def gates(self, level: GateLevel) -> tuple[ValidationGate, ...]:
@@ -161,7 +165,7 @@ class PipelineValidator:
             metrics = [gate.metric_name for gate in gates]
             found = measure(metrics, evaluation, known=measured, evaluators=self.evaluators)
         report = _with_reasons(judge(gates, found.values), found.missing)
-        self.results.append(Verdict(level, step, report))
+        self.results.append(Verdict(level, step, report, self.model_name))
         if self.strict and not report.passed:
             raise GateNotPassed(
                 f"Every required gate of level {level} must pass",
@@ -198,13 +202,13 @@ def _remedy(report: GateReport) -> str:
 def verdict_table(results: Iterable[Verdict]) -> Table:
     """One line a gate."""
     table = Table(title="Gates", box=None, pad_edge=False, header_style="bold")
-    for name in ("level", "step", "gate", "value", "must be", "verdict", "measured"):
+    for name in ("model", "level", "step", "gate", "value", "must be", "verdict", "measured"):
         table.add_column(name, justify="right" if name in ("step", "value") else "left")
     for verdict in results:
         for item in verdict.report.evidence:
             word = "passed" if item.passed else "FAILED" if item.required else "not passed, not required"
             table.add_row(
-                verdict.level, "" if verdict.step is None else f"{verdict.step:,}", item.gate,
+                verdict.model, verdict.level, "" if verdict.step is None else f"{verdict.step:,}", item.gate,
                 "none" if item.value is None else f"{item.value:.4g}", f"{item.comparison} {item.threshold:g}", word,
                 item.measured, style="" if item.passed else "red" if item.required else "yellow",
             )  # fmt: skip
