@@ -92,13 +92,13 @@ class FencedError(EncdecError):
     """A newer attempt of the same run exists, so this one may no longer write."""
 
 
-class GateNotPassed(EncdecError):
-    """A phase starts from weights that have earned it, and these have not. Never requeued."""
+class TrainingDiverged(EncdecError):
+    """The loss is not a number, or a phase's bounds were not met."""
 
     exit_code = ExitCode.GATE_NOT_PASSED
 
 
-class TrainingDiverged(EncdecError):
-    """The loss is not a number, or a phase's bounds were not met."""
+class GateNotPassed(EncdecError):
+    """A required gate did not pass: what was measured does not allow to go on. Never requeued."""
 
     exit_code = ExitCode.GATE_NOT_PASSED

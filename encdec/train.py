@@ -22,7 +22,7 @@ from encdec.files import RunPaths
 from encdec.training import lifeline
 from encdec.training.execution import TrainingPhase
 from encdec.training.rank import run_rank, run_rank_of_attempt, start_log
-from encdec.training.run_config import RunConfig, require_same_run, resolve_run
+from encdec.training.run_config import RunConfig, make_run_directory, require_same_run, resolve_run
 from encdec.training.sharding import require_ranks
 
 __all__ = ["main", "run_rank_of_attempt"]
@@ -112,18 +112,7 @@ def open_directory(arguments: argparse.Namespace, paths: RunPaths, run: RunConfi
     if os.path.lexists(paths.run_yaml):
         require_same_run(paths, run)
         ask_to_continue(arguments, paths)
-    try:
-        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-            paths.stop_request.unlink(missing_ok=True)  # a request of last time must not stop this start
-        paths.make()
-        if not os.path.lexists(paths.run_yaml):
-            run.write(paths.run_yaml)
-    except OSError as error:
-        raise RunDirectoryError(
-            "The run directory must be writable",
-            found=f"{paths.root} ({error.strerror})",
-            remedy="Choose another with --output_dir, or free or open the folder above it",
-        ) from None
+    make_run_directory(paths, run)
 
 
 def ask_to_continue(arguments: argparse.Namespace, paths: RunPaths) -> None:

@@ -169,13 +169,7 @@ def build_trainer(
     )
     log.info("%s, computing in %s", engine.prove_sharding(world), dtype)
     dataset = UL2Dataset(open_packed(packed, "train"))
-    collator = UL2DataCollator(
-        tokenizer,
-        config.data.max_encoder_length,
-        config.data.max_decoder_length,
-        task_weights=tuple(config.data.ul2_task_weights),
-        seed=run.data_seed,
-    )
+    collator = make_collator(config, tokenizer, run.data_seed)
     sampler = GlobalBatchSampler(len(dataset), run.global_batch_size, micro, rank, world, run.data_seed)
     loader = build_dataloader(
         dataset, collator, sampler, num_workers=config.data.dataloader_num_workers, pin_memory=device.type == "cuda"
@@ -185,7 +179,8 @@ def build_trainer(
         tokenizer,
         config,
         loader,
-        evaluation_batches(config, packed, collator),
+        # corrupted alike in all phases, so that their losses on it compare
+        evaluation_batches(config, packed, make_collator(config, tokenizer, config.training.seed)),
         engine=engine,
         checkpoints=checkpoint_manager(run, paths, attempt, engine.payload),
         sample_length=run.sample_length,
@@ -199,6 +194,17 @@ def build_trainer(
     if rank == 0:
         trainer.observers.append(Watch.from_config(config.training, trainer.schedule, trainer.observers))
     return trainer
+
+
+def make_collator(config: FullConfig, tokenizer: Qwen3EncoderDecoderTokenizer, seed: int) -> UL2DataCollator:
+    """Corrupts and pads as the configuration says."""
+    return UL2DataCollator(
+        tokenizer,
+        config.data.max_encoder_length,
+        config.data.max_decoder_length,
+        task_weights=tuple(config.data.ul2_task_weights),
+        seed=seed,
+    )
 
 
 def checkpoint_manager(run: RunConfig, paths: RunPaths, attempt: int, payload: str) -> CheckpointManager:

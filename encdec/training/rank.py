@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,14 +25,18 @@ from encdec.tokenization_qwen3_encdec import Qwen3EncoderDecoderTokenizer
 from encdec.training import sharding, storage
 from encdec.training.alerts import ending_of
 from encdec.training.build import build_model, build_trainer, prepare_text
+from encdec.training.config import FullConfig
 from encdec.training.execution import TrainingPhase
 from encdec.training.finish import check_sanity, finish
+from encdec.training.observers import Observer
 from encdec.training.origin import begin_from, has_checkpoint, require_weights
 from encdec.training.run_config import RunConfig, read_run_config
 from encdec.training.signals import Requests
 from encdec.training.trainer import Qwen3EncoderDecoderTrainer
 
 log = logging.getLogger("encdec.train")
+ModelMaker = Callable[[FullConfig, Qwen3EncoderDecoderTokenizer], Any]
+"""Makes the unsharded model on the host, fp32, the same on every rank; it has ``transformer_layers()``."""
 
 
 def run_rank_of_attempt(run_dir: str, attempt: int) -> None:
@@ -58,6 +63,8 @@ def run_rank(
     attempt: int | None = None,
     expected_world_size: int | None = None,
     resume_from: Path | None = None,
+    make_model: ModelMaker | None = None,
+    watchers: Sequence[Observer] = (),
 ) -> dict[str, Any]:
     """Build, resume, train, judge; the facts of the outcome.
 
@@ -65,6 +72,8 @@ def run_rank(
         attempt: number claimed by the launcher; None: rank 0 claims the next one for all.
         expected_world_size: ranks asked for; None: ``infra.num_gpus`` on each node that takes part.
         resume_from: a checkpoint folder; None: the newest valid one of the run directory, if there is one.
+        make_model: builds the model; None: the one that the configuration describes.
+        watchers: told on rank 0 what the records are told, after them; closed at the end.
 
     Raises:
         EncdecError: what a user can mend, storage that takes no more among it.
@@ -79,7 +88,7 @@ def run_rank(
     device = sharding.start_process_group(run.config.infra)
     del store  # the process group has its own reference now
     with storage.explained("The run directory must take checkpoints and records", paths.root):
-        return _train(run, paths, attempt, resume_from, tokenizer, packed, device)
+        return _train(run, paths, attempt, resume_from, tokenizer, packed, device, make_model, watchers)
 
 
 def _train(
@@ -90,13 +99,16 @@ def _train(
     tokenizer: Qwen3EncoderDecoderTokenizer,
     packed: Path,
     device: torch.device,
+    make_model: ModelMaker | None,
+    watchers: Sequence[Observer],
 ) -> dict[str, Any]:
     """What a rank does once it has text and a process group."""
     if attempt is None:
         attempt = distributed.on_rank_zero(paths.claim_attempt)
     require_one_attempt(attempt)
     with storage.explained("The model must be readable", Path(run.config.model.model_name_or_path)):
-        model = build_model(run.config, tokenizer, fill=run.starts_from is None)
+        fill = run.starts_from is None
+        model = make_model(run.config, tokenizer) if make_model else build_model(run.config, tokenizer, fill=fill)
     goes_on = resume_from is not None or has_checkpoint(paths)
     if run.starts_from and not goes_on:
         with storage.explained("The weights to start from must be readable", Path(run.starts_from.source)):
@@ -109,6 +121,7 @@ def _train(
         run, paths, attempt=attempt, restart=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
         tokenizer=tokenizer, packed=packed, model=model, device=device, requests=requests,
     )  # fmt: skip
+    trainer.observers.extend(watchers if distributed.rank() == 0 else ())
     try:
         trainer.start_from(resume_from)
         require_weights(run, goes_on=goes_on, step=trainer.state.global_step)

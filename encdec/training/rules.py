@@ -50,11 +50,16 @@ def require_memory(shape: ArchitectureConfig, vocab_size: int, ranks: int, memor
 
 
 def count_parameters(shape: ArchitectureConfig, vocab_size: int) -> int:
-    """Parameters of the encoder-decoder: two stacks of Qwen3 layers, their last norms, one embedding."""
+    """Parameters of the encoder-decoder: two stacks alike and one embedding, which is the head as well."""
+    return 2 * count_stack_parameters(shape) + vocab_size * shape.hidden_size
+
+
+def count_stack_parameters(shape: ArchitectureConfig) -> int:
+    """Parameters of the encoder, and of the decoder: Qwen3 layers and a last norm, without the embedding."""
     heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
     attention = 2 * shape.hidden_size * shape.head_dim * (heads + kv_heads) + 2 * shape.head_dim
     layer = attention + 3 * shape.hidden_size * shape.intermediate_size + 2 * shape.hidden_size
-    return 2 * (shape.num_hidden_layers * layer + shape.hidden_size) + vocab_size * shape.hidden_size
+    return shape.num_hidden_layers * layer + shape.hidden_size
 
 
 def _require_room_in_vocabulary(config: FullConfig) -> None:

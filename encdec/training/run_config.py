@@ -190,6 +190,26 @@ def require_same_run(paths: RunPaths, run: RunConfig) -> RunConfig:
     )
 
 
+def make_run_directory(paths: RunPaths, run: RunConfig) -> None:
+    """The directory with its run.yaml, for a start that claims its own attempt.
+
+    Raises:
+        RunDirectoryError: it cannot be written.
+    """
+    try:
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+            paths.stop_request.unlink(missing_ok=True)  # a request of last time must not stop this start
+        paths.make()
+        if not os.path.lexists(paths.run_yaml):
+            run.write(paths.run_yaml)
+    except OSError as error:
+        raise RunDirectoryError(
+            "The run directory must be writable",
+            found=f"{paths.root} ({error.strerror})",
+            remedy="Choose another with --output_dir, or free or open the folder above it",
+        ) from None
+
+
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one, keyed by dotted path."""
     flat: dict[str, Any] = {}
