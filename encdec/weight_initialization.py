@@ -24,6 +24,7 @@ from encdec.modeling_qwen3_encdec import Qwen3ForSeq2SeqLM
 from encdec.tokenization_qwen3_encdec import Qwen3EncoderDecoderTokenizer
 
 EMBEDDING = "shared.weight"
+FILES, CONFIG_ALONE = ["*.safetensors", "*.json"], ["config.json"]
 UNUSED_ROWS_SEED = 20  # any constant: sentinels start alike in every run
 
 # Every key of a Qwen3 checkpoint and the parameters it fills. No target: left out on purpose.
@@ -46,6 +47,32 @@ def build_from_scratch(config: Qwen3EncoderDecoderConfig, seed: int) -> Qwen3For
         torch.random.default_generator.manual_seed(seed)  # not torch.manual_seed, which would reseed the GPUs too
         model.initialize_weights()
     return model
+
+
+def build_from_pretrained(
+    model_name_or_path: str | Path,
+    num_sentinel_tokens: int,
+    *,
+    tokenizer: Qwen3EncoderDecoderTokenizer,
+    fill: bool = True,
+) -> Qwen3ForSeq2SeqLM:
+    """The model of a directory or hub id, float32 on the CPU: an encoder-decoder of ours as it is, or one that starts
+    from a decoder-only Qwen3 (`initialize_from_qwen3`).
+
+    Args:
+        fill: False leaves the parameters without values.
+
+    Raises:
+        MissingPrerequisite: no such directory, no such model on the hub or no way there, or files are missing.
+        ConfigError: it is neither.
+    """
+    directory = checkpoint_directory(str(model_name_or_path), FILES if fill else CONFIG_ALONE)
+    if model_type_of(directory) != Qwen3EncoderDecoderConfig.model_type:
+        return initialize_from_qwen3(directory, num_sentinel_tokens, tokenizer=tokenizer, fill=fill)
+    config = Qwen3EncoderDecoderConfig.from_pretrained(directory)
+    return (
+        Qwen3ForSeq2SeqLM.from_pretrained(directory, dtype=torch.float32) if fill else allocate(config, torch.float32)
+    )
 
 
 def initialize_from_qwen3(
@@ -77,7 +104,7 @@ def initialize_from_qwen3(
         MissingPrerequisite: no such directory, no such model on the hub or no way there, or files are missing.
         ConfigError: the source is no Qwen3, or its keys or shapes are not what its config says.
     """
-    directory = _checkpoint_directory(str(model_name_or_path), ["*.safetensors", "*.json"] if fill else ["config.json"])
+    directory = checkpoint_directory(str(model_name_or_path), FILES if fill else CONFIG_ALONE)
     config = Qwen3EncoderDecoderConfig.from_qwen3_config(
         _read_qwen3_config(directory), num_sentinel_tokens, **_token_ids(tokenizer)
     )
@@ -104,7 +131,7 @@ def _token_ids(tokenizer: Qwen3EncoderDecoderTokenizer | None) -> dict[str, int]
     return ids | {"sentinel_start_id": min(tokenizer.sentinel_ids, default=len(tokenizer))}
 
 
-def _checkpoint_directory(model_name_or_path: str, files: list[str]) -> Path:
+def checkpoint_directory(model_name_or_path: str, files: list[str]) -> Path:
     """The directory itself, or the hub's snapshot of a model in the local cache."""
     if Path(model_name_or_path).is_dir():
         return Path(model_name_or_path)
@@ -118,13 +145,22 @@ def _checkpoint_directory(model_name_or_path: str, files: list[str]) -> Path:
         ) from error
 
 
-def _read_qwen3_config(directory: Path) -> Qwen3Config:
+def model_type_of(directory: Path) -> str | None:
+    """What a directory's config.json says it is.
+
+    Raises:
+        MissingPrerequisite: there is none.
+    """
     path = directory / "config.json"
     if not path.is_file():
         raise MissingPrerequisite(
             "a checkpoint must have a config.json", found=f"none in {directory}", remedy="Give a checkpoint's directory"
         )
-    model_type = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    return json.loads(path.read_text(encoding="utf-8")).get("model_type")
+
+
+def _read_qwen3_config(directory: Path) -> Qwen3Config:
+    path, model_type = directory / "config.json", model_type_of(directory)
     if model_type != Qwen3Config.model_type:
         raise ConfigError(
             f"the source's model_type must be {Qwen3Config.model_type}",

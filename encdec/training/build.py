@@ -38,7 +38,7 @@ from encdec.training.run_config import RunConfig
 from encdec.training.saving import averaged, averaged_from
 from encdec.training.signals import Requests
 from encdec.training.trainer import Qwen3EncoderDecoderTrainer
-from encdec.weight_initialization import allocate, build_from_scratch, initialize_from_qwen3
+from encdec.weight_initialization import allocate, build_from_pretrained, build_from_scratch
 
 log = logging.getLogger("encdec.train")
 SECONDS_BETWEEN_LOOKS = 0.05
@@ -123,7 +123,7 @@ def build_model(config: FullConfig, tokenizer: Qwen3EncoderDecoderTokenizer, *, 
     """
     settings = config.model
     if settings.from_scratch is None:
-        model = initialize_from_qwen3(
+        model = build_from_pretrained(
             settings.model_name_or_path, settings.num_sentinel_tokens, tokenizer=tokenizer, fill=fill
         )
     else:

@@ -88,7 +88,8 @@ class ModelConfig(Section):
     """Which model, and how it is built."""
 
     model_name_or_path: str = "Qwen/Qwen3-0.6B"
-    """Qwen3 checkpoint (hub id or directory) whose blocks start both stacks. Not read where ``from_scratch`` is set."""
+    """Qwen3 checkpoint (hub id or directory) whose blocks start both stacks, or an encoder-decoder of ours as it is.
+    Not read where ``from_scratch`` is set."""
     tokenizer_name_or_path: str | None = None
     """Qwen2/Qwen3 tokenizer (hub id or directory); the same as the model unless given."""
     num_sentinel_tokens: Annotated[int, Field(gt=0, le=2**16)] = 100
