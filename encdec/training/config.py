@@ -152,7 +152,7 @@ class TrainingConfig(Section):
     global_batch_size: PositiveInt | None = None
     """Samples per optimizer step over all ranks, at any world size; else micro-batch x accumulation x ranks."""
     learning_rate: PositiveFloat = 2e-4
-    """Peak learning rate."""
+    """Peak learning rate; Muon's steps are scaled so that it means the same to them (about 1e-3 for Muon)."""
     weight_decay: NonNegativeFloat = 0.01
     """Decoupled weight decay; none on biases and norms."""
     adam_beta1: Fraction = 0.9
@@ -174,7 +174,9 @@ class TrainingConfig(Section):
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Learning rate at the end over its peak."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """Optimizer."""
+    """Optimizer. muon: Muon for the matrices of the layers, AdamW for the embedding and norms, at one learning rate."""
+    muon_momentum: Fraction = 0.95
+    """Decay of Muon's momentum (Nesterov's)."""
     bf16: bool = True
     """Compute in bfloat16 (master weights and reductions stay fp32); fp32 with a warning where hardware lacks it."""
     fp16: bool = False

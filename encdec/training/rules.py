@@ -126,12 +126,23 @@ def _require_one_engine(config: FullConfig) -> None:
                 found=infra.fsdp_sharding_strategy,
                 remedy="Leave it out, or use fsdp",
             )
+        _require_fsdp("training.optimizer", config.training.optimizer, "muon", "adamw")
         embed_file(config)
     elif infra.deepspeed_config is not None:
         raise ConfigError(
             "infra.deepspeed_config goes with infra.distributed_type=deepspeed",
             found=f"{infra.deepspeed_config} with {infra.distributed_type}",
             remedy="Leave it out, or give --sharding zero3",
+        )
+
+
+def _require_fsdp(key: str, value: object, refused: str, instead: str) -> None:
+    """What needs matrices, or a model, that ZeRO-3's flat partitions are not."""
+    if value == refused:
+        raise ConfigError(
+            f"{key}={refused} goes with FSDP2, infra.distributed_type=fsdp",
+            found="deepspeed",
+            remedy=f"Use --sharding fsdp2, or {key}={instead}",
         )
 
 
@@ -157,7 +168,6 @@ def refuse_what_is_not_built(config: FullConfig) -> None:
     """
     unbuilt: Mapping[str, tuple[bool, object, str]] = {
         "training.fp16": (config.training.fp16, True, "Use training.bf16=true"),
-        "training.optimizer": (config.training.optimizer == "muon", "muon", "Use adamw"),
         "infra.distributed_type": (config.infra.distributed_type == "ddp", "ddp", "Use fsdp or deepspeed"),
         "data.tokenize_on_fly": (config.data.tokenize_on_fly, True, "Use false: text is packed once, then read"),
         "data.sources": (bool(config.data.sources), config.data.sources, "Give one data.dataset_name"),

@@ -28,7 +28,7 @@ from encdec.training.config import FullConfig
 from encdec.training.early_stopping import EarlyStopping
 from encdec.training.engines import Engine, TorchEngine
 from encdec.training.observers import Observer
-from encdec.training.optimizer import make_optimizer
+from encdec.training.optimizer import make_optimizer, require_own_state
 from encdec.training.saving import Saving, Standing
 from encdec.training.schedule import Schedule
 from encdec.training.signals import Requests, Wishes
@@ -323,6 +323,7 @@ class Qwen3EncoderDecoderTrainer:
         log.info("starting from the initial weights" if step is None else f"continuing from step {step}")
 
     def _restore(self, state: dict[str, Any], folder: Path) -> None:
+        require_own_state(self.optimizer)
         with reading(folder / TRAINER_STATE, "all that training continues from"):
             self.state = TrainingState.from_state_dict(state)
             self.losses.load_state_dict(state["losses"])
