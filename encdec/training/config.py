@@ -143,8 +143,9 @@ class DataConfig(Section):
 class TrainingConfig(Section):
     """Optimization, intervals, tracking."""
 
-    per_device_train_batch_size: PositiveInt = 4
-    """Samples of one micro-batch on one rank."""
+    per_device_train_batch_size: PositiveInt | Literal["auto"] = 4
+    """Most samples of one micro-batch on one rank. auto: as many as fit its memory, tried at the start; the global
+    batch, which then must be given, stays what it is. FSDP2 only."""
     per_device_eval_batch_size: PositiveInt = 8
     """Samples of one evaluation batch on one rank."""
     gradient_accumulation_steps: PositiveInt = 8
