@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from encdec import distributed
 from encdec.errors import MissingPrerequisite
@@ -157,11 +158,12 @@ class Trial:
         twin.train()
         shard(twin, twin.transformer_layers(), infra, self.dtype, self.mesh)  # type: ignore[operator]
         twin.to_empty(device="cpu" if infra.fsdp_cpu_offload else self.device)
-        for tensor in [*twin.parameters(), *twin.buffers()]:
-            tensor.detach().zero_()  # memory as it is found can be slow to compute with
+        for parameter in twin.parameters():
+            assert isinstance(parameter, DTensor)
+            parameter.to_local().detach().zero_()  # memory as it is found can be slow to compute with
         for module in twin.modules():
             for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, buffer.to(self.device))
+                setattr(module, name, torch.zeros_like(buffer, device=self.device))
         return twin
 
     def _batch(self, size: int) -> dict[str, Tensor]:

@@ -167,10 +167,15 @@ def fits(work: Callable[[], object]) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was full: of a GPU (``torch.OutOfMemoryError``) or, where its allocator says so, of the host."""
+    """Whether memory was full: of a GPU (``torch.OutOfMemoryError``) or, where its allocator says so, of the host.
+
+    DTensor raises an error of its own from the one that it met.
+    """
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS_OF_FULL_MEMORY)
+    if isinstance(error, RuntimeError) and any(sign in str(error) for sign in SIGNS_OF_FULL_MEMORY):
+        return True
+    return error.__cause__ is not None and is_out_of_memory(error.__cause__)
 
 
 @contextlib.contextmanager

@@ -118,7 +118,8 @@ def nothing_fits(settling: Settling) -> None:
 
 
 def test_all_ranks_are_told_where_nothing_fits(tmp_path: Path):
-    in_ranks(2, nothing_fits, Settling(tmp_path, [4000, 1], global_batch=16))
+    wide = ("model.from_scratch.intermediate_size=60_000",)
+    in_ranks(2, nothing_fits, Settling(tmp_path, [4000, 10], wide, global_batch=2))
 
 
 @pytest.mark.parametrize(

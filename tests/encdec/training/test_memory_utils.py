@@ -227,7 +227,14 @@ def gpu_refuses() -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")  # no GPU here to refuse by itself
 
 
-@pytest.mark.parametrize("work", [cpu_refuses, python_refuses, gpu_refuses])
+def dtensor_refuses() -> None:
+    try:
+        python_refuses()
+    except MemoryError as error:
+        raise RuntimeError("Sharding propagation failed") from error
+
+
+@pytest.mark.parametrize("work", [cpu_refuses, python_refuses, gpu_refuses, dtensor_refuses])
 def test_full_memory_is_known(work: Callable[[], None]):
     assert not fits(work)
 
