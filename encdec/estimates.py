@@ -221,7 +221,7 @@ def estimate_rank_memory(
     gathered_whole: bool = False,
     offloaded: bool = False,
 ) -> dict[str, float]:
-    """Memory of one rank's device in a sharded run, GB of 10**9 bytes.
+    """Memory of one rank's device in a run that FSDP2 shards, at its worst moment, GB of 10**9 bytes.
 
     Args:
         ranks: over which the model is sharded.
@@ -234,25 +234,29 @@ def estimate_rank_memory(
         offloaded: weights, gradients and optimizer state are in host memory.
 
     Returns:
-        state_gb (the rank's part of weights, gradients and optimizer state), gathered_gb (weights and gradients that
-        are whole), activation_gb, logits_gb, total_gb.
+        state_gb (the rank's part of weights, gradients and optimizer state), gathered_gb (weights, and gradients that
+        accumulate, as whole tensors), activation_gb (kept for the backward pass), working_gb (the largest of what comes
+        and goes: logits, a layer that is computed again, whole gradients on their way), total_gb.
     """
+    per_value = bytes_per_value
     state = 0 if offloaded else (2 * FP32_BYTES * size.parameters + size.optimizer_bytes(optimizer)) / ranks
     layer = (size.parameters - size.embedding) // (2 * size.layers)
     at_once = size.parameters if gathered_whole else size.embedding + 2 * layer  # one is fetched while one is in use
-    gathered = at_once * bytes_per_value + (size.embedding + layer) * (bytes_per_value + FP32_BYTES)
-    if accumulates:
-        gathered += size.parameters * FP32_BYTES
+    gathered = at_once * per_value + (size.parameters * FP32_BYTES if accumulates else 0)
     tokens = [micro_batch_size * length for length in (encoder_length, decoder_length)]
-    kept = [
-        activation_bytes(n, size.layers, size.widths, bytes_per_value, gradient_checkpointing=gradient_checkpointing)
+    again = size.widths.saved_bytes(max(tokens), per_value) if gradient_checkpointing else 0
+    kept = sum(
+        size.layers * (n * size.widths.hidden * per_value)
+        if gradient_checkpointing
+        else activation_bytes(n, size.layers, size.widths, per_value, gradient_checkpointing=False)
         for n in tokens
-    ]
-    again = size.widths.saved_bytes(min(tokens), bytes_per_value) if gradient_checkpointing else 0
-    parts = {
-        "state_gb": state / GIGABYTE,
-        "gathered_gb": gathered / GIGABYTE,
-        "activation_gb": (sum(kept) - again) / GIGABYTE,  # one layer is computed again at a time, not one a stack
-        "logits_gb": tokens[1] * size.vocabulary * LOGIT_BYTES / GIGABYTE,
-    }
+    )
+    whole_gradient = per_value + FP32_BYTES
+    working = max(
+        tokens[1] * size.vocabulary * LOGIT_BYTES,
+        again + layer * whole_gradient + size.embedding * per_value,
+        size.embedding * whole_gradient,
+    )
+    amounts = {"state": state, "gathered": gathered, "activation": kept, "working": working}
+    parts = {f"{name}_gb": amount / GIGABYTE for name, amount in amounts.items()}
     return parts | {"total_gb": sum(parts.values())}
