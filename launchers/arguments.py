@@ -192,7 +192,7 @@ def add_continuation(slurm: argparse._ArgumentGroup) -> None:
 def check(arguments: argparse.Namespace) -> None:
     """What both commands have in common."""
     for flag in ("--nodes", "--gpus-per-node", "--max-attempts"):
-        value = getattr(arguments, flag.removeprefix("--").replace("-", "_"))
+        value = getattr(arguments, flag.removeprefix("--").replace("-", "_"), None)
         if value is not None and value < 1:
             raise ConfigError(f"{flag} must be at least 1", found=value, remedy=f"Give {flag} a positive number")
     batch = arguments.per_device_batch
