@@ -18,7 +18,13 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from encdec.denoisers import raw_sample_length
 from encdec.errors import ConfigError, RunDirectoryError
 from encdec.files import RunPaths, atomic_write_text
-from encdec.training.config import FullConfig, NonNegativeInt, PositiveInt
+from encdec.training.config import (
+    FullConfig,
+    NonNegativeInt,
+    PositiveInt,
+    setting_with_own_name,
+    with_own_names,
+)
 from encdec.training.execution import PHASE_CONFIGS, PhaseConfig, TrainingPhase
 from encdec.training.rules import check_rules, settled_micro_batch
 from encdec.training.yaml_values import apply_settings, dump_yaml, read_yaml
@@ -205,9 +211,9 @@ def resolve_run(
     Raises:
         ConfigError: any rule broken; nothing has been written.
     """
-    settings = list(settings)
-    from_file = read_yaml(config_file)
+    settings = [setting_with_own_name(setting) for setting in settings]
     source = str(config_file)
+    from_file = with_own_names(read_yaml(config_file), source=source)
     FullConfig.from_mapping(from_file, source=source)  # refuse the file's own mistakes under the file's name
     config = FullConfig.from_mapping(
         apply_settings(from_file, settings), source=f"{source} with --set" if settings else source
