@@ -54,8 +54,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--output_dir", type=Path, help="run directory (default: infra.output_dir)")
     parser.add_argument(
-        "--resume_from", type=Path, help="a step-<k> folder (default: the newest valid one in output_dir)"
-    )
+        "--resume_from", "--resume", type=Path, metavar="CHECKPOINT",
+        help="a step-<k> folder (default: the newest valid one in output_dir)",
+    )  # fmt: skip
     parser.add_argument("--auto-resume", action="store_true", help="at a terminal, continue without asking")
     claimed = parser.add_argument_group("with --run_dir, and nothing else")
     claimed.add_argument("--attempt", type=int, metavar="N", help="its attempt, claimed already")

@@ -126,11 +126,13 @@ def asked_run(
     Raises:
         ConfigError: any rule of the configuration broken.
     """
-    sharding = [f"infra.distributed_type={SHARDINGS[arguments.sharding]}"] if arguments.sharding else []
+    flags = [f"infra.distributed_type={SHARDINGS[arguments.sharding]}"] if arguments.sharding else []
+    if arguments.per_device_batch is not None:
+        flags.append(f"training.per_device_train_batch_size={arguments.per_device_batch}")
     return resolve_run(
         phase,
         config_file=arguments.config,
-        settings=[*arguments.set, *sharding],
+        settings=[*arguments.set, *flags],
         nodes=arguments.nodes,
         ranks_per_node=arguments.gpus_per_node,
         name=name,
@@ -166,6 +168,12 @@ def add_what(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         "--sharding",
         choices=list(SHARDINGS),
         help="engine that shards the model: torch's FSDP2 or DeepSpeed's ZeRO-3 (default: infra.distributed_type)",
+    )
+    what.add_argument(
+        "--per-device-batch",
+        metavar="N|auto",
+        help="most samples of a micro-batch on one rank; auto: as many as fit its memory, found at the start; the "
+        "global batch stays what it is (default: training.per_device_train_batch_size)",
     )
     what.add_argument("--name", help="name of the run (default: phase + digest of the configuration)")
     what.add_argument(
@@ -205,9 +213,16 @@ def add_continuation(slurm: argparse._ArgumentGroup) -> None:
 def check(arguments: argparse.Namespace) -> None:
     """What both commands have in common."""
     for flag in ("--nodes", "--gpus-per-node", "--max-attempts"):
-        value = getattr(arguments, flag.removeprefix("--").replace("-", "_"))
+        value = getattr(arguments, flag.removeprefix("--").replace("-", "_"), None)
         if value is not None and value < 1:
             raise ConfigError(f"{flag} must be at least 1", found=value, remedy=f"Give {flag} a positive number")
+    batch = arguments.per_device_batch
+    if batch is not None and not re.fullmatch(r"auto|[1-9]\d*", batch):
+        raise ConfigError(
+            "--per-device-batch must be a number of samples or auto",
+            found=repr(batch),
+            remedy="Give 1 or more, or auto",
+        )
     if arguments.name is not None and not SAFE_NAME.fullmatch(arguments.name):
         raise ConfigError(
             "--name must be letters, digits, '.', '_' and '-', at most 128 of them, starting with a letter or digit",

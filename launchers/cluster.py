@@ -70,8 +70,10 @@ def count_gpus() -> int:
     return len(list(Path("/dev").glob("nvidia[0-9]*")))
 
 
-def require_text(run: RunConfig) -> None:
+def require_text(run: RunConfig) -> bool:
     """A corpus on this machine must hold text, before anything is written. One on a hub is not asked for from here.
+
+    Returns whether it is on this machine.
 
     Raises:
         DataError: no such path, or no document with text.
@@ -80,3 +82,4 @@ def require_text(run: RunConfig) -> None:
     corpus = open_corpus(data.dataset_name, text_column=data.text_column, max_examples=1)
     if corpus.is_local:
         next(iter(corpus.documents()))
+    return corpus.is_local

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, field_validator
 
 import launchers
 from encdec.errors import ConfigError
-from encdec.training.config import Section
+from encdec.training.config import PositiveFloat, Section
 from encdec.training.config_errors import explain
 from encdec.training.yaml_values import read_yaml
 from launchers.arguments import BUILT_IN_CLUSTERS, SLURM_TIME
@@ -62,6 +62,8 @@ class ClusterFile(Section):
     """CPUs of each node's one task; one a rank and one a data worker unless given."""
     gpu_flag: Annotated[str, Field(pattern=r"^([a-z][a-z-]*=.*\{n\}.*)?$")] = "gpus-per-node={n}"
     """sbatch flag that asks for a node's {n} GPUs: "gres=gpu:h100:{n}". Empty: Slurm does not count them here."""
+    gpu_memory_gb: PositiveFloat | None = None
+    """Memory of one GPU, GB of 10**9 bytes: 80.0. What a run needs is compared with it beforehand."""
     sbatch_flags: dict[Word, Word | int | bool] = {}
     """Further sbatch flags by long name, without dashes; true for one without a value."""
     srun_args: list[Word] = []

@@ -29,6 +29,7 @@ from encdec.records import JsonLinesWriter, event
 from encdec.tokenization_qwen3_encdec import Qwen3EncoderDecoderTokenizer
 from encdec.training import sharding
 from encdec.training.alerts import Notifier, Watch
+from encdec.training.auto_batch import settle_micro_batch
 from encdec.training.config import FullConfig
 from encdec.training.engines import start_engine
 from encdec.training.notifications import Sender, open_addresses
@@ -140,10 +141,21 @@ def build_model(config: FullConfig, tokenizer: Qwen3EncoderDecoderTokenizer, *, 
         )
         model = build_from_scratch(shape, config.training.seed) if fill else allocate(shape, torch.float32)
     tokenizer.assert_matches(model.config)
-    model.set_attn_implementation("sdpa" if settings.use_flash_attention else "eager")
+    return _as_configured(model, config)
+
+
+def _as_configured(model: Qwen3ForSeq2SeqLM, config: FullConfig) -> Qwen3ForSeq2SeqLM:
+    """How a model computes, whatever its weights."""
+    model.set_attn_implementation("sdpa" if config.model.use_flash_attention else "eager")
     if config.infra.fsdp_activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def empty_twin(model: Qwen3ForSeq2SeqLM, config: FullConfig) -> Qwen3ForSeq2SeqLM:
+    """A model that computes as ``model`` does, without memory for its weights yet (on the meta device)."""
+    with torch.device("meta"):
+        return _as_configured(type(model)(model.config), config)
 
 
 def build_trainer(
@@ -159,11 +171,15 @@ def build_trainer(
     requests: Requests,
 ) -> Qwen3EncoderDecoderTrainer:
     """Shard, prove the sharding, and put the trainer together; collective."""
-    config = run.config
-    model.to(device)
+    config = run.config.model_copy(deep=True)
     dtype = sharding.compute_dtype(config.training, device)
     rank, world = distributed.rank(), distributed.world_size()
-    micro, accumulation = run.micro_batches(world)
+    micro, accumulation = settle_micro_batch(
+        run, paths, attempt, device=device, dtype=dtype, make_twin=lambda: empty_twin(model, config)
+    )
+    if config.training.per_device_train_batch_size == "auto":
+        config.training.per_device_train_batch_size = micro
+    model.to(device)
     engine = start_engine(
         model, config, device=device, dtype=dtype, micro_batch_size=micro, accumulation_steps=accumulation
     )

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from encdec.errors import ConfigError
 from encdec.files import atomic_write_text
 from encdec.training.config_errors import explain
 from encdec.training.yaml_values import dump_yaml, read_yaml
@@ -144,8 +145,9 @@ class DataConfig(Section):
 class TrainingConfig(Section):
     """Optimization, intervals, tracking."""
 
-    per_device_train_batch_size: PositiveInt = 4
-    """Samples of one micro-batch on one rank."""
+    per_device_train_batch_size: PositiveInt | Literal["auto"] = 4
+    """Most samples of one micro-batch on one rank. auto: as many as fit its memory, tried at the start; the global
+    batch, which then must be given, stays what it is. FSDP2 only."""
     per_device_eval_batch_size: PositiveInt = 8
     """Samples of one evaluation batch on one rank."""
     gradient_accumulation_steps: PositiveInt = 8
@@ -153,7 +155,8 @@ class TrainingConfig(Section):
     global_batch_size: PositiveInt | None = None
     """Samples per optimizer step over all ranks, at any world size; else micro-batch x accumulation x ranks."""
     learning_rate: PositiveFloat = 2e-4
-    """Peak learning rate."""
+    """Peak learning rate; Muon's steps are scaled so that it means the same to them (about 1e-3 for Muon).
+    In a file also ``max_lr``."""
     weight_decay: NonNegativeFloat = 0.01
     """Decoupled weight decay; none on biases and norms."""
     adam_beta1: Fraction = 0.9
@@ -175,13 +178,15 @@ class TrainingConfig(Section):
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Learning rate at the end over its peak."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """Optimizer."""
+    """Optimizer. muon: Muon for the matrices of the layers, AdamW for the embedding and norms, at one learning rate."""
+    muon_momentum: Fraction = 0.95
+    """Decay of Muon's momentum (Nesterov's)."""
     bf16: bool = True
     """Compute in bfloat16 (master weights and reductions stay fp32); fp32 with a warning where hardware lacks it."""
     fp16: bool = False
     """Compute in float16."""
     save_steps: PositiveInt = 1000
-    """Steps between checkpoints."""
+    """Steps between checkpoints. In a file also ``save_interval``."""
     save_every: Literal["steps", "auto"] = "steps"
     """auto: between those of ``save_steps``, also whenever the optimum (Daly) for what a save costs has passed."""
     async_save: bool = True
@@ -307,6 +312,7 @@ class FullConfig(Section):
         Args:
             source: where the values came from, for an error.
         """
+        values = with_own_names(values, source=source)
         try:
             return cls.model_validate(_without_empty_sections(values))
         except ValidationError as error:
@@ -315,6 +321,36 @@ class FullConfig(Section):
     def to_yaml(self, path: str | Path) -> None:
         """Write the tree so that ``from_yaml`` gives an equal one."""
         atomic_write_text(Path(path), dump_yaml(self.model_dump()))
+
+
+OTHER_NAMES = {"max_lr": "learning_rate", "save_interval": "save_steps"}
+"""Other names that a file, or --set, may use for keys of ``training``; the tree, and what is written, has its own."""
+
+
+def with_own_names(values: Mapping[str, Any], *, source: str) -> dict[str, Any]:
+    """``values`` with the tree's own key for each of OTHER_NAMES.
+
+    Raises:
+        ConfigError: a key is given under both names.
+    """
+    training = values.get("training")
+    if not isinstance(training, Mapping):
+        return dict(values)
+    for other, own in OTHER_NAMES.items():
+        if other in training and own in training:
+            raise ConfigError(
+                f"{source}: training.{other} is another name of training.{own}: one of them is given",
+                found=f"{training[other]!r} and {training[own]!r}",
+                remedy="Remove one of the two",
+            )
+    return {**values, "training": {OTHER_NAMES.get(str(key), key): value for key, value in training.items()}}
+
+
+def setting_with_own_name(setting: str) -> str:
+    """``training.max_lr=1e-3`` as ``training.learning_rate=1e-3``; any other setting as it is."""
+    path, equals, value = setting.partition("=")
+    section, _, key = path.strip().partition(".")
+    return f"training.{OTHER_NAMES[key]}{equals}{value}" if section == "training" and key in OTHER_NAMES else setting
 
 
 def _without_empty_sections(values: Mapping[str, Any]) -> dict[str, Any]:

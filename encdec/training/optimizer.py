@@ -2,25 +2,73 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
+from torch.optim import AdamW, Optimizer
 
-from encdec.training.config import FullConfig
+from encdec.errors import CheckpointError
+from encdec.training.config import FullConfig, TrainingConfig
+from encdec.training.muon import MOMENTUM, Muon, MuonWithAdamW
+
+ADAMW_STATE = frozenset({"step", "exp_avg", "exp_avg_sq"})
+MUON_STATE = frozenset({MOMENTUM})
 
 
-def make_optimizer(model: nn.Module, config: FullConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only (none on biases and norms)."""
+def make_optimizer(model: nn.Module, config: FullConfig) -> Optimizer:
+    """AdamW with weight decay on matrices only (none on biases and norms); or Muon for the matrices of the layers and
+    AdamW for the embedding, biases and norms, all at one learning rate.
+
+    Args:
+        model: for Muon it has ``transformer_layers()``.
+    """
     training = config.training
-    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+    own = _layer_matrices(model) if training.optimizer == "muon" else []
+    taken = {id(parameter) for parameter in own}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
     groups = [
-        {"params": matrices, "weight_decay": training.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": [p for p in others if p.ndim >= 2], "weight_decay": training.weight_decay},
+        {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
     ]
+    adamw = _adamw([group for group in groups if group["params"]], training)
+    if not own:
+        return adamw
+    muon = Muon(own, training.learning_rate, weight_decay=training.weight_decay, momentum=training.muon_momentum)
+    return MuonWithAdamW(muon, adamw)
+
+
+def _layer_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """What Muon steps: parameters with two dimensions inside the transformer layers."""
+    layers = model.transformer_layers()  # type: ignore[operator]
+    return [p for layer in layers for p in layer.parameters() if p.requires_grad and p.ndim == 2]
+
+
+def _adamw(groups: list[dict[str, Any]], training: TrainingConfig) -> AdamW:
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        groups,
         lr=training.learning_rate,
         betas=(training.adam_beta1, training.adam_beta2),
         eps=training.adam_epsilon,
         fused=True,  # one kernel over all parameters; unfused, DTensor's dispatch costs more than a tiny model's step
     )
+
+
+def require_own_state(optimizer: Optimizer) -> None:
+    """State that was loaded must be of the kind that each parameter's optimizer keeps: AdamW's, or Muon's.
+
+    Raises:
+        CheckpointError: it is of another optimizer.
+    """
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # what DeepSpeed has wrapped
+    if not isinstance(optimizer, AdamW | MuonWithAdamW):
+        return  # a user's own
+    by_muon = {id(p) for group in optimizer.param_groups if "momentum" in group for p in group["params"]}
+    for parameter, state in optimizer.state.items():
+        wanted = MUON_STATE if id(parameter) in by_muon else ADAMW_STATE
+        if state and state.keys() != wanted:
+            raise CheckpointError(
+                f"A checkpoint must hold the state of the run's optimizer, {', '.join(sorted(wanted))}",
+                found=", ".join(sorted(state)),
+                remedy="Resume with the training.optimizer it was made with",
+            )

@@ -9,7 +9,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from encdec.errors import ConfigError, MissingPrerequisite
-from encdec.training.config import ArchitectureConfig, FullConfig
+from encdec.training.config import ArchitectureConfig, FullConfig, TrainingConfig
 from encdec.training.deepspeed_config import embed_file
 from encdec.vocabulary import BYTE_ALPHABET_SIZE, smallest_vocabulary
 
@@ -28,6 +28,7 @@ def check_rules(config: FullConfig) -> None:
     _require_local_models(config)
     require_no_password("infra.checkpoint_mirror", config.infra.checkpoint_mirror or "")
     _require_one_engine(config)
+    _require_global_batch(config)
 
 
 def require_memory(shape: ArchitectureConfig, vocab_size: int, ranks: int, memory: int) -> None:
@@ -131,12 +132,51 @@ def _require_one_engine(config: FullConfig) -> None:
                 found=infra.fsdp_sharding_strategy,
                 remedy="Leave it out, or use fsdp",
             )
+        _require_fsdp("training.optimizer", config.training.optimizer, "muon", "adamw")
+        _require_fsdp("training.per_device_train_batch_size", config.training.per_device_train_batch_size, "auto", "4")
         embed_file(config)
     elif infra.deepspeed_config is not None:
         raise ConfigError(
             "infra.deepspeed_config goes with infra.distributed_type=deepspeed",
             found=f"{infra.deepspeed_config} with {infra.distributed_type}",
             remedy="Leave it out, or give --sharding zero3",
+        )
+
+
+def _require_global_batch(config: FullConfig) -> None:
+    """What is computed must not depend on how much memory there is."""
+    training = config.training
+    if training.per_device_train_batch_size == "auto" and training.global_batch_size is None:
+        raise ConfigError(
+            "training.per_device_train_batch_size=auto needs training.global_batch_size, which it leaves as it is",
+            found="none",
+            remedy="Give the samples of one optimizer step over all ranks: --set training.global_batch_size=256",
+        )
+
+
+def settled_micro_batch(training: TrainingConfig) -> int:
+    """``training.per_device_train_batch_size`` as a number of samples.
+
+    Raises:
+        ConfigError: it is still to be found.
+    """
+    size = training.per_device_train_batch_size
+    if size == "auto":
+        raise ConfigError(
+            "A trainer takes training.per_device_train_batch_size as a number",
+            found=size,
+            remedy="Train through encdec.train or launchers.submit, which find it, or use auto_find_batch_size",
+        )
+    return size
+
+
+def _require_fsdp(key: str, value: object, refused: str, instead: str) -> None:
+    """What needs matrices, or a model, that ZeRO-3's flat partitions are not."""
+    if value == refused:
+        raise ConfigError(
+            f"{key}={refused} goes with FSDP2, infra.distributed_type=fsdp",
+            found="deepspeed",
+            remedy=f"Use --sharding fsdp2, or {key}={instead}",
         )
 
 
@@ -162,7 +202,6 @@ def refuse_what_is_not_built(config: FullConfig) -> None:
     """
     unbuilt: Mapping[str, tuple[bool, object, str]] = {
         "training.fp16": (config.training.fp16, True, "Use training.bf16=true"),
-        "training.optimizer": (config.training.optimizer == "muon", "muon", "Use adamw"),
         "infra.distributed_type": (config.infra.distributed_type == "ddp", "ddp", "Use fsdp or deepspeed"),
         "data.tokenize_on_fly": (config.data.tokenize_on_fly, True, "Use false: text is packed once, then read"),
         "data.sources": (bool(config.data.sources), config.data.sources, "Give one data.dataset_name"),

@@ -18,9 +18,15 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from encdec.denoisers import raw_sample_length
 from encdec.errors import ConfigError, RunDirectoryError
 from encdec.files import RunPaths, atomic_write_text
-from encdec.training.config import FullConfig, NonNegativeInt, PositiveInt
+from encdec.training.config import (
+    FullConfig,
+    NonNegativeInt,
+    PositiveInt,
+    setting_with_own_name,
+    with_own_names,
+)
 from encdec.training.execution import PHASE_CONFIGS, PhaseConfig, StartingPoint, TrainingPhase, previous_phases
-from encdec.training.rules import check_rules
+from encdec.training.rules import check_rules, settled_micro_batch
 from encdec.training.yaml_values import apply_settings, dump_yaml, read_yaml
 
 PLACE_KEYS = (
@@ -89,6 +95,8 @@ class RunConfig:
     def micro_batches(self, world_size: int) -> tuple[int, int]:
         """(micro-batch size, accumulation steps) of one rank at ``world_size``; their product keeps the global batch.
 
+        Where the configuration says auto, the most that there can be: a rank's whole share of the global batch.
+
         Raises:
             ConfigError: the global batch cannot be cut evenly.
         """
@@ -108,8 +116,12 @@ class RunConfig:
         atomic_write_text(path, dump_yaml(self.to_mapping()))
 
 
-def divide_global_batch(global_batch_size: int, largest_micro_batch: int, world_size: int) -> tuple[int, int]:
+def divide_global_batch(
+    global_batch_size: int, largest_micro_batch: int | Literal["auto"], world_size: int
+) -> tuple[int, int]:
     """Largest micro-batch up to ``largest_micro_batch`` that divides a rank's share, and the accumulation it needs.
+
+    ``auto`` is no bound.
 
     Raises:
         ConfigError: ``global_batch_size`` is no multiple of ``world_size``.
@@ -121,7 +133,8 @@ def divide_global_batch(global_batch_size: int, largest_micro_batch: int, world_
             found=f"training.global_batch_size={global_batch_size} on {world_size} ranks",
             remedy=f"Use {max(1, share) * world_size} samples, or a number of ranks that divides {global_batch_size}",
         )
-    micro = next(size for size in range(min(largest_micro_batch, share), 0, -1) if share % size == 0)
+    most = share if largest_micro_batch == "auto" else min(largest_micro_batch, share)
+    micro = next(size for size in range(most, 0, -1) if share % size == 0)
     return micro, share // micro
 
 
@@ -233,9 +246,9 @@ def resolve_run(
     Raises:
         ConfigError: any rule broken; nothing has been written.
     """
-    settings = list(settings)
-    from_file = read_yaml(config_file)
+    settings = [setting_with_own_name(setting) for setting in settings]
     source = str(config_file)
+    from_file = with_own_names(read_yaml(config_file), source=source)
     FullConfig.from_mapping(from_file, source=source)  # refuse the file's own mistakes under the file's name
     config = FullConfig.from_mapping(
         apply_settings(from_file, settings), source=f"{source} with --set" if settings else source
@@ -286,10 +299,11 @@ def _with_arithmetic(
         data.max_encoder_length, data.max_decoder_length, data.max_seq_length,
         config.model.num_sentinel_tokens, data.ul2_task_weights,
     )  # fmt: skip
-    global_batch = training.global_batch_size or (
-        training.per_device_train_batch_size * training.gradient_accumulation_steps * world_size
+    micro = training.per_device_train_batch_size
+    global_batch = (
+        training.global_batch_size or settled_micro_batch(training) * training.gradient_accumulation_steps * world_size
     )
-    divide_global_batch(global_batch, training.per_device_train_batch_size, world_size)
+    divide_global_batch(global_batch, micro, world_size)
     by_tokens = (training.total_tokens or 0) // (global_batch * length)
     if training.total_tokens and not by_tokens:
         raise ConfigError(

@@ -29,7 +29,8 @@ from encdec.training.config import FullConfig
 from encdec.training.early_stopping import EarlyStopping
 from encdec.training.engines import Engine, TorchEngine
 from encdec.training.observers import Observer
-from encdec.training.optimizer import make_optimizer
+from encdec.training.optimizer import make_optimizer, require_own_state
+from encdec.training.rules import settled_micro_batch
 from encdec.training.saving import Saving, Standing
 from encdec.training.schedule import Schedule
 from encdec.training.signals import Requests, Wishes
@@ -83,11 +84,12 @@ class Qwen3EncoderDecoderTrainer:
         self.train_dataloader, self.eval_dataloader = train_dataloader, eval_dataloader
         self.total_steps = total_steps or training.num_train_steps
         sampler = train_dataloader.batch_sampler
+        micro_batch = settled_micro_batch(training)
         self.accumulation_steps: int = getattr(sampler, "accumulation_steps", training.gradient_accumulation_steps)
         self.global_batch_size: int = (
             global_batch_size
             or getattr(sampler, "global_batch_size", 0)
-            or (training.per_device_train_batch_size * self.accumulation_steps * distributed.world_size())
+            or (micro_batch * self.accumulation_steps * distributed.world_size())
         )
         self.sample_length = sample_length or config.data.max_seq_length
         self._device = next(model.parameters()).device
@@ -105,7 +107,7 @@ class Qwen3EncoderDecoderTrainer:
         self.state = TrainingState()
         self.losses = LossHistory(self.total_steps)
         # a constant near a micro-batch's token count: dividing by it keeps gradients ordinary in any precision
-        self._unit = float(training.per_device_train_batch_size * config.data.max_decoder_length)
+        self._unit = float(micro_batch * config.data.max_decoder_length)
         self._process = psutil.Process()
         self.saving = Saving(self.checkpoints, config, self.total_steps, self.observers)
         self._batches: Iterator[dict[str, Tensor]] | None = None
@@ -325,6 +327,7 @@ class Qwen3EncoderDecoderTrainer:
         log.info("starting from the initial weights" if step is None else f"continuing from step {step}")
 
     def _restore(self, state: dict[str, Any], folder: Path) -> None:
+        require_own_state(self.optimizer)
         with reading(folder / TRAINER_STATE, "all that training continues from"):
             self.state = TrainingState.from_state_dict(state)
             self.losses.load_state_dict(state["losses"])

@@ -21,12 +21,19 @@ from encdec.errors import ShardingError
 from encdec.training.config import InfraConfig
 
 
-def shard(model: nn.Module, layers: Iterable[nn.Module], infra: InfraConfig, dtype: torch.dtype) -> DeviceMesh:
+def shard(
+    model: nn.Module,
+    layers: Iterable[nn.Module],
+    infra: InfraConfig,
+    dtype: torch.dtype,
+    mesh: DeviceMesh | None = None,
+) -> DeviceMesh:
     """FSDP2 over all ranks: each transformer layer is a group, the rest (embedding, final norms) belongs to the root.
 
-    Master weights and reductions are fp32; ``dtype`` is that of the computation.
+    Master weights and reductions are fp32; ``dtype`` is that of the computation. ``mesh`` is one of all ranks, made
+    here unless given.
     """
-    mesh = init_device_mesh(infra.device, (dist.get_world_size(),), mesh_dim_names=("data",))
+    mesh = mesh or init_device_mesh(infra.device, (dist.get_world_size(),), mesh_dim_names=("data",))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     offload = CPUOffloadPolicy() if infra.fsdp_cpu_offload else OffloadPolicy()
     free_after_forward = infra.fsdp_sharding_strategy == "FULL_SHARD"
