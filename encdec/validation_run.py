@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from encdec.command_line import Help, Parser, exit_code_of
 from encdec.errors import ExitCode
 from encdec.files import RunPaths, atomic_write_json
 from encdec.records import read_steps
-from encdec.train import EXIT_CODES
+from encdec.train import EXIT_CODES, leave
 from encdec.training.execution import PHASE_CONFIGS, TrainingPhase
 from encdec.training.monitor import TrainingMonitor
 from encdec.training.promotion import GateFile, read_gate
@@ -81,7 +82,7 @@ def validate(arguments: argparse.Namespace) -> int:
     results = results_of(run, paths, gate)
     atomic_write_json(paths.root / RESULTS, results)
     passed = gate.passed and results["validation"]["passed"]
-    if passed and not (paths.root / MODEL / "config.json").is_file():
+    if passed and not any((paths.root / MODEL).glob("*.safetensors")):
         keep_model(paths, gate)
     print_results(results, paths.root)
     return ExitCode.COMPLETE if passed else ExitCode.GATE_NOT_PASSED
@@ -131,6 +132,7 @@ def keep_model(paths: RunPaths, gate: GateFile) -> None:
     """The judged weights with their tokenizer, for ``from_pretrained``. ``model/`` holds the rest of it already."""
     checkpoint = paths.checkpoints / str(gate.checkpoint)
     kept = paths.root / f"{MODEL}.tmp"
+    shutil.rmtree(kept, ignore_errors=True)  # of a start that was cut off
     export(checkpoint, verify(checkpoint), kept, files_from=paths.model)
     for file in kept.iterdir():
         os.replace(file, paths.model / file.name)
@@ -153,4 +155,4 @@ def print_results(results: dict[str, Any], root: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -69,10 +69,16 @@ def build_from_pretrained(
     directory = checkpoint_directory(str(model_name_or_path), FILES if fill else CONFIG_ALONE)
     if model_type_of(directory) != Qwen3EncoderDecoderConfig.model_type:
         return initialize_from_qwen3(directory, num_sentinel_tokens, tokenizer=tokenizer, fill=fill)
-    config = Qwen3EncoderDecoderConfig.from_pretrained(directory)
-    return (
-        Qwen3ForSeq2SeqLM.from_pretrained(directory, dtype=torch.float32) if fill else allocate(config, torch.float32)
-    )
+    if not fill:
+        return allocate(Qwen3EncoderDecoderConfig.from_pretrained(directory), torch.float32)
+    try:
+        return Qwen3ForSeq2SeqLM.from_pretrained(directory, dtype=torch.float32)
+    except OSError as error:
+        raise MissingPrerequisite(
+            "a model's directory must have its weights",
+            found=f"none that can be read in {directory}",
+            remedy="Export them with python -m encdec.checkpoints export RUN DIR, or download the model again",
+        ) from error
 
 
 def initialize_from_qwen3(

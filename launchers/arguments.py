@@ -79,6 +79,11 @@ def parse_submit(argv: list[str] | None) -> argparse.Namespace:
         "--dry-run", action="store_true", help="print the plan, and for Slurm the batch script; write nothing"
     )
     how.add_argument(
+        "--preflight",
+        action="store_true",
+        help="print the checklist of python -m launchers.preflight first, and start nothing where it fails",
+    )
+    how.add_argument(
         "--wait",
         action=argparse.BooleanOptionalAction,
         default=None,

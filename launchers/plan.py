@@ -24,6 +24,9 @@ class Plan:
     device: str
     sharding: str
     micro_batch_size: int
+    """Samples; the most that may be tried where the ranks find it themselves."""
+    micro_batch_found: bool
+    """Whether the ranks find the largest micro-batch that fits (``training.per_device_train_batch_size: auto``)."""
     gradient_accumulation_steps: int
     global_batch_size: int
     sample_length: int
@@ -94,6 +97,7 @@ def make_plan(run: RunConfig, *, run_dir: str, cluster: str, why_cluster: str) -
         device=run.config.infra.device,
         sharding=sharding_of(run),
         micro_batch_size=micro,
+        micro_batch_found=training.per_device_train_batch_size == "auto",
         gradient_accumulation_steps=accumulation,
         global_batch_size=run.global_batch_size,
         sample_length=run.sample_length,

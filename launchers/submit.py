@@ -7,12 +7,14 @@ from argparse import Namespace
 from collections.abc import Sequence
 
 from encdec.command_line import exit_code_of
+from encdec.errors import MissingPrerequisite
 from encdec.files import RunPaths
 from launchers.arguments import parse_submit
 from launchers.chain import Asked, asked
 from launchers.cluster import choose_cluster, require_devices, require_text
 from launchers.cluster_file import read_cluster_file
 from launchers.launch_options import launch_options
+from launchers.preflight import checklist, failed, lines
 from launchers.remote import job_request
 from launchers.run_directory import find_run, require_accelerate_config, usable
 from launchers.script import require_plain_path, sbatch_text
@@ -34,6 +36,8 @@ def submit(arguments: Namespace) -> int:
     cluster, why = choose_cluster(arguments.cluster, wanted.links[-1].run)
     starts = [Start(link.paths, link.run, link.plan(cluster, why), fresh=True) for link in wanted.links]
     require_what_runs_need(starts, arguments, cluster)
+    if arguments.preflight:
+        require_preflight(starts[-1], arguments)
     with usable(RunPaths(wanted.root or starts[0].paths.root)):
         if arguments.launcher == "accelerate":
             for start in starts:
@@ -62,6 +66,22 @@ def require_what_runs_need(starts: Sequence[Start], arguments: Namespace, cluste
         else:
             require_plain_path(start.paths)
     require_text(starts[-1].run)
+
+
+def require_preflight(start: Start, arguments: Namespace) -> None:
+    """Print the checklist, of a chain that of its last phase, which needs the most.
+
+    Raises:
+        MissingPrerequisite: a check fails.
+    """
+    checks = checklist(start.run, start.paths, gpu_memory_gb=arguments.cluster_file.gpu_memory_gb)
+    print(*lines(checks), "", sep="\n")
+    if failed(checks):
+        raise MissingPrerequisite(
+            "No check of --preflight may fail",
+            found=", ".join(check.name for check in checks if check.verdict == "fail"),
+            remedy="Mend what it names above; nothing has been started",
+        )
 
 
 def show_plans(wanted: Asked, starts: Sequence[Start], *, in_full: bool) -> None:

@@ -50,6 +50,11 @@ def plan(plan: Plan, *, continues: bool) -> None:
     ranks = plan.nodes * plan.ranks_per_node
     spare = plan.steps_by_tokens if plan.bound_by == "steps" else plan.steps_by_table
     other = "tokens" if plan.bound_by == "steps" else "steps"
+    micro_batch = (
+        f"the largest micro-batch that fits, at most {plan.micro_batch_size}, on {ranks} ranks"
+        if plan.micro_batch_found
+        else f"{plan.micro_batch_size} a micro-batch x {plan.gradient_accumulation_steps} accumulated x {ranks} ranks"
+    )
     make_console().print(
         table_of(
             {
@@ -58,8 +63,7 @@ def plan(plan: Plan, *, continues: bool) -> None:
                 "where": f"{plan.cluster}: {plan.why_cluster}",
                 "ranks": f"{plan.nodes} node(s) x {plan.ranks_per_node} {plan.device} rank(s), {plan.sharding}",
                 "batch": f"{plan.global_batch_size} samples x {plan.sample_length} tokens = {plan.tokens_per_step:,} "
-                f"tokens a step ({plan.micro_batch_size} a micro-batch x {plan.gradient_accumulation_steps} "
-                f"accumulated x {ranks} ranks)",
+                f"tokens a step ({micro_batch})",
                 "steps": f"{plan.num_train_steps:,}, {plan.tokens:,} tokens: {plan.bound_by} bind, "
                 f"{other} would allow {spare:,} steps",
                 "schedule": f"peak learning rate {plan.learning_rate:g}, {plan.warmup_steps} warm-up steps",
