@@ -12,7 +12,7 @@ from pathlib import Path
 from encdec.command_line import Help, Parser, exit_code_of
 from encdec.errors import ExitCode
 from encdec.gates import GateLevel
-from encdec.pipeline.config import PipelineConfig
+from encdec.pipeline.config import Launch, PipelineConfig
 from encdec.pipeline.results import ScaleResult, print_results
 from encdec.pipeline.scales import VOCABULARY, ModelScale, print_scale_comparison, scale_records, scales_between
 from encdec.pipeline.seed_suites import SEED_SUITES, write_seed_suite
@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
     from encdec.pipeline.runner import PipelineRunner  # loads torch: only where something is trained
 
     config = read_config(arguments)
-    runner = PipelineRunner(config)
+    runner = PipelineRunner(config, launch=arguments.launch)
     results = [runner.run(GateLevel(arguments.through))]
     return _tell(arguments, results, (config.training.model_scale,), runner.validator.print_summary)
 
@@ -93,7 +93,7 @@ def progressive(arguments: argparse.Namespace) -> int:
     from encdec.pipeline.runner import PipelineRunner
 
     planned = scales_between(arguments.start, arguments.end)
-    runner = PipelineRunner(read_config(arguments))
+    runner = PipelineRunner(read_config(arguments), launch=arguments.launch)
     results = runner.run_progressive(arguments.start, arguments.end, not arguments.no_validation_between)
     return _tell(arguments, results, planned, runner.validator.print_summary)
 
@@ -144,11 +144,16 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
 }  # fmt: skip
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Returns 0 for success, 3 for a gate, 75 for a clean stop (the same command continues), 78 for what is refused."""
+def main(argv: list[str] | None = None, *, launch: Launch | None = None) -> int:
+    """Returns 0 for success, 3 for a gate, 75 for a clean stop (the same command continues), 78 for what is refused.
+
+    Args:
+        launch: trains a scale elsewhere; default: this process, or torchrun for several ranks.
+    """
 
     def command() -> int:
         arguments = parse(argv)
+        arguments.launch = launch
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
         return COMMANDS[arguments.command](arguments)
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -35,6 +35,8 @@ from encdec.training.yaml_values import apply_settings, dump_yaml, read_yaml
 JSON_SUFFIX = ".json"
 SAVES_OF_A_RUN = 4
 """Checkpoints, each with an evaluation, of a run whose intervals are not set."""
+Launch = Callable[[Path, Path], int]
+"""(YAML file of a FullConfig, run directory) -> exit code, once the run is over: who trains a scale elsewhere."""
 Saved = TypeVar("Saved", bound="SavedSection")
 
 

@@ -12,14 +12,13 @@ import torch
 from encdec.errors import ConfigError, GateNotPassed
 from encdec.files import RunPaths, atomic_write_json
 from encdec.gates import LOSS_DECREASING, GateLevel, Measurement, ValidationGate, judge
-from encdec.pipeline.config import GateConfig, PipelineConfig, PipelineTrainingConfig
+from encdec.pipeline.config import GateConfig, Launch, PipelineConfig, PipelineTrainingConfig
 from encdec.pipeline.evaluators import Batches, Evaluation, Evaluator, measure
 from encdec.pipeline.facts import RunFacts
 from encdec.pipeline.preflight import InfrastructureReport, inspect
 from encdec.pipeline.results import ScaleResult, append_results
 from encdec.pipeline.scale_run import (
     Ending,
-    Launch,
     ModelFactory,
     QuickWatch,
     TrainedModel,

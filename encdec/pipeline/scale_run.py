@@ -12,25 +12,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import nn
 from transformers.initialization import no_init_weights
 
 from encdec.checkpoints import folders
 from encdec.checkpoints.manifest import verify
-from encdec.checkpoints.payload import open_weights
 from encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 from encdec.errors import CheckpointError, ConfigError, ExitCode, TrainingDiverged
 from encdec.files import RunPaths
 from encdec.gates import ValidationGate, judge
 from encdec.modeling_qwen3_encdec import Qwen3ForSeq2SeqLM
+from encdec.pipeline.config import Launch
 from encdec.pipeline.facts import QUICK_STEPS, newest_attempt_says, quick_measurements
 from encdec.pipeline.scales import ScaleConfig
 from encdec.records import StepRecord
 from encdec.training.build import build_model
 from encdec.training.config import FullConfig
 from encdec.training.observers import Observer
+from encdec.training.origin import fill_from_checkpoint
 from encdec.training.rank import ModelMaker, run_rank
 from encdec.training.run_config import make_run_directory, require_same_run, resolve_run
 from encdec.training.signals import STOP_SIGNALS
@@ -39,8 +39,6 @@ log = logging.getLogger("encdec.pipeline")
 ModelFactory = Callable[[ScaleConfig, Any], nn.Module]
 """(the scale's sizes, tokenizer) -> the model, fp32 on the host: a transformers model that is called as
 ``Qwen3ForSeq2SeqLM`` is, with ``transformer_layers()``, the units of sharding."""
-Launch = Callable[[Path, Path], int]
-"""(YAML file of a FullConfig, run directory) -> exit code, once the run is over."""
 CAUSES: Mapping[int, str] = {
     ExitCode.COMPLETE: "complete", ExitCode.GATE_NOT_PASSED: "gate", ExitCode.CONTINUE_ME: "stop_requested",
     ExitCode.CONFIG_WRONG: "refused",
@@ -173,26 +171,13 @@ def load_trained(paths: RunPaths, config: FullConfig, tokenizer: Any, factory_ma
     for step in reversed(folders.committed_steps(paths.checkpoints)):
         folder = paths.checkpoints / f"step-{step}"
         try:
-            manifest = verify(folder)
+            verify(folder)
         except CheckpointError as error:
             faults.append(str(error))
             log.warning("passed over: %s", error)
             continue
         model = factory_made(config, tokenizer) if factory_made else _empty_model(paths, config)
-        weights = open_weights(folder, manifest)
-        own = model.state_dict()
-        shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
-        stored = {name: tuple(tensor.shape) for name, tensor in weights.tensors.items()}
-        if shapes != stored:
-            differing = min(set(shapes.items()) ^ set(stored.items()))
-            raise CheckpointError(
-                f"{folder} must hold the weights of the model that is evaluated",
-                found=f"{differing[0]} {differing[1]} in one of the two only",
-                remedy="Use the factory that it was trained with",
-            )
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(weights.read(name))
+        fill_from_checkpoint(model, folder)
         return TrainedModel(model, folder.name, step)
     raise CheckpointError(
         f"There must be a valid checkpoint in {paths.checkpoints}",
