@@ -17,11 +17,11 @@ from launchers.chain_file import write_chain
 from launchers.cluster import require_text
 from launchers.cluster_file import read_cluster_file
 from launchers.jobs import require_no_other_job
+from launchers.ready import Start, make_all
 from launchers.remote import share
 from launchers.run_directory import describe, usable
 from launchers.run_status import only_starter
 from launchers.script import made_inside, require_plain_path
-from launchers.start import Start, make_all
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,58 +8,19 @@ import contextlib
 import os
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 from encdec.errors import EncdecError
-from encdec.files import RunPaths
-from encdec.training.run_config import RunConfig
 from launchers import local, remote, slurm
 from launchers.chain_file import write_chain
 from launchers.interrupts import Interrupts
 from launchers.jobs import live_job, newest_jobs
 from launchers.launch_options import launch_options
-from launchers.plan import Plan
-from launchers.run_directory import describe, make_or_find, note
+from launchers.ready import Start
+from launchers.run_directory import describe, note
 from launchers.run_status import only_starter, read_status, require_not_elsewhere
 from launchers.views import show, tables, watch
 from launchers.views.overview import look
-
-
-@dataclass(frozen=True)
-class Start:
-    """A run that is to be started, or gone on with."""
-
-    paths: RunPaths
-    run: RunConfig
-    plan: Plan
-    fresh: bool
-    """Whether its directory was made by this command."""
-
-    @property
-    def complete(self) -> bool:
-        return read_status(self.paths).complete
-
-    def joined_to(self, before: RunConfig | None, arguments: Namespace) -> Start:
-        """With the name of the run that its directory holds already, unless another is asked for."""
-        if before is None:
-            return self
-        return replace(self, run=self.run if arguments.name else replace(self.run, name=before.name), fresh=False)
-
-
-def make_all(starts: Sequence[Start], arguments: Namespace) -> list[Start]:
-    """Make the directories that are not there yet.
-
-    Raises:
-        RunDirectoryError: not writable, or made for something else.
-    """
-    made = []
-    for start in starts:
-        before = make_or_find(start.paths, start.run, start.plan)
-        if before is None and start.run.starts_from and start.run.starts_from.kind == "weights":
-            note(start.paths, "unproved", weights=start.run.starts_from.source)
-        made.append(replace(start, fresh=True) if before is None else start.joined_to(before, arguments))
-    return made
 
 
 def run_all(starts: Sequence[Start], arguments: Namespace, root: Path | None) -> int:
