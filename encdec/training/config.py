@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from encdec.files import atomic_write_text
+from encdec.gates import LOOP_METRICS, Comparison
 from encdec.training.config_errors import explain
 from encdec.training.yaml_values import dump_yaml, read_yaml
 
@@ -211,6 +212,18 @@ class TrainingConfig(Section):
     """Gradient norm that counts as a spike."""
     grad_spike_patience: PositiveInt = 3
     """Consecutive spikes before a stop."""
+    gate_steps: PositiveInt = 100
+    """Steps between checks of the QUICK gates."""
+    max_rollbacks: NonNegativeInt = 0
+    """Times a run that diverges goes back to its last good checkpoint and past the data that it met there; 0: never."""
+    rollback_lr_factor: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """What each roll-back multiplies the learning rate by, from then on."""
+    rollback_margin_steps: NonNegativeInt = 10
+    """Steps of data skipped beyond those from the checkpoint to the divergence."""
+    loss_spike_ratio: Annotated[float, Field(gt=1)] = 1.5
+    """Loss of a step over the mean before the spike from which it belongs to a spike that is rolled back."""
+    loss_spike_patience: Annotated[int, Field(gt=0, le=25)] = 20
+    """Consecutive steps of a spike, warm-up excepted, before a roll-back; 25 is half the mean's window."""
 
 
 class InfraConfig(Section):
@@ -247,6 +260,33 @@ class InfraConfig(Section):
     """W&B run name; the run directory's name unless given."""
 
 
+class CustomGate(Section):
+    """A bound of one's own on what the training loop measures, judged at checkpoints after warm-up.
+
+    It replaces the gate of the same name, at every level, once warm-up is over.
+    """
+
+    name: Annotated[str, Field(min_length=1)]
+    """What it is called."""
+    metric_name: str
+    """loss, loss_decrease, grad_norm, perplexity, eval_loss, nan_count or tokens_per_second."""
+    threshold: float
+    """The bound, in the metric's unit (nats, tokens per second)."""
+    comparison: Comparison = "<"
+    """How the metric must compare with it."""
+    required: bool = True
+    """Whether training ends if it does not pass; otherwise that is only told."""
+    description: str = ""
+    """Why it is asked for."""
+
+    @field_validator("metric_name")
+    @classmethod
+    def _is_measured(cls, value: str) -> str:
+        if value not in LOOP_METRICS:
+            raise ValueError(f"the training loop must measure it: {', '.join(LOOP_METRICS)}")
+        return value
+
+
 class PhaseOverrides(Section):
     """What a YAML file changes in a phase's table row. None leaves the table's value."""
 
@@ -264,6 +304,18 @@ class PhaseOverrides(Section):
     """Highest loss allowed after warm-up, nats."""
     min_loss_decrease: float | None = None
     """Least fall of the loss from the first steps to the last, nats."""
+    gates: list[Literal["quick", "standard"]] | None = None
+    """Gates judged while training: quick every ``training.gate_steps``, standard at scheduled checkpoints."""
+    custom_gates: list[CustomGate] | None = None
+    """Gates of one's own, beside those or in their place."""
+
+    @field_validator("custom_gates")
+    @classmethod
+    def _names_differ(cls, value: list[CustomGate] | None) -> list[CustomGate] | None:
+        names = [gate.name for gate in value or ()]
+        if len(set(names)) < len(names):
+            raise ValueError("custom gates must have different names")
+        return value
 
 
 class FullConfig(Section):

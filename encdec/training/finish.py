@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -79,6 +80,9 @@ def finish(run: RunConfig, paths: RunPaths, result: TrainResult, trainer: Qwen3E
             message += "; gate not passed: " + "; ".join(
                 f"{item.metric} {item.value:.4f}, must be {item.comparison} {item.threshold:g}" for item in failed
             )
+    elif cause == "gate" and run.phase:
+        distributed.on_rank_zero(trainer.checkpoints.fence)
+        distributed.on_rank_zero(lambda: write_gate(paths, run.phase, result, []))
     if cause == "complete":
         average_last(
             trainer.checkpoints, run.config.training.average_last, result.step,
@@ -90,10 +94,15 @@ def finish(run: RunConfig, paths: RunPaths, result: TrainResult, trainer: Qwen3E
         "step": result.step,
         "checkpoint": result.checkpoint,
         "checkpoint_verified": verified,
-        "first_loss": result.first_loss,
-        "last_loss": result.last_loss,
+        "first_loss": _number(result.first_loss),
+        "last_loss": _number(result.last_loss),
         "message": message,
     }
+
+
+def _number(value: float) -> float | None:
+    """JSON has no nan, which is the loss of a run that ended before its first step was done."""
+    return value if math.isfinite(value) else None
 
 
 def read_back(trainer: Qwen3EncoderDecoderTrainer, name: str | None) -> bool:
@@ -124,15 +133,18 @@ def judge_phase(phase: PhaseConfig, result: TrainResult) -> list[Evidence]:
 
 
 def write_gate(paths: RunPaths, phase: PhaseConfig | None, result: TrainResult, evidence: list[Evidence]) -> None:
-    """``gates/<phase>.json``: the evidence and the verdict."""
+    """``gates/<phase>.json``: the evidence and the verdict, with that of the gates in the loop."""
     assert phase is not None
     paths.gates.mkdir(exist_ok=True)
     verdict = {
         "phase": str(phase.phase),
-        "passed": all(item.passed for item in evidence),
+        "passed": all(item.passed for item in evidence) and not (result.gates and result.gates.failures),
         "step": result.step,
         "checkpoint": result.checkpoint,
         "time": time.time(),
-        "evidence": [asdict(item) for item in evidence],
+        "evidence": [
+            *(asdict(item) for item in evidence),
+            *(item.to_json() for item in (result.gates.evidence if result.gates else ())),
+        ],
     }
     atomic_write_json(paths.gates / f"{phase.phase}.json", verdict)

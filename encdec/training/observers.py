@@ -25,6 +25,7 @@ class Observer(Protocol):
     def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None: ...
     def on_save(self, saved: Saved) -> None: ...
     def on_save_failed(self, step: int, reason: str, last: str | None) -> None: ...
+    def on_event(self, kind: str, facts: Mapping[str, Any]) -> None: ...
     def close(self) -> None: ...
 
 
@@ -61,6 +62,10 @@ class Records:
 
     def on_save_failed(self, step: int, reason: str, last: str | None) -> None:
         self._events.write(event("save_failed", step=step, reason=reason, checkpoint=last))
+
+    def on_event(self, kind: str, facts: Mapping[str, Any]) -> None:
+        self._events.write(event(kind, **facts))
+        self._events.sync()  # such events are rare, and what follows from them may kill this process
 
     def close(self) -> None:
         self._steps.close()
@@ -134,6 +139,9 @@ class TextLog:
     def on_save_failed(self, step: int, reason: str, last: str | None) -> None:
         log.error("no checkpoint of step %d: %s; the newest is %s", step, reason, last or "none")
 
+    def on_event(self, kind: str, facts: Mapping[str, Any]) -> None:
+        log.warning("%s", in_words(kind, facts))
+
     def close(self) -> None:
         if self._bar:
             self._bar.stop()
@@ -161,6 +169,9 @@ class TensorBoard:
 
     def on_save_failed(self, step: int, reason: str, last: str | None) -> None:
         self._writer.add_text("checkpoint/failed", reason, step)
+
+    def on_event(self, kind: str, facts: Mapping[str, Any]) -> None:
+        self._writer.add_text(f"events/{kind}", in_words(kind, facts))
 
     def close(self) -> None:
         self._writer.close()
@@ -201,8 +212,16 @@ class WeightsAndBiases:
     def on_save_failed(self, step: int, reason: str, last: str | None) -> None:
         self._run.alert("A checkpoint could not be written", f"step {step}: {reason}; the newest is {last}")
 
+    def on_event(self, kind: str, facts: Mapping[str, Any]) -> None:
+        self._run.alert(kind.replace("_", " "), in_words(kind, facts))
+
     def close(self) -> None:
         self._run.finish()
+
+
+def in_words(kind: str, facts: Mapping[str, Any]) -> str:
+    """An entry of the ledger as one line."""
+    return f"{kind.replace('_', ' ')}: " + ", ".join(f"{name} {value}" for name, value in facts.items())
 
 
 def scalars(record: StepRecord, moving_loss: float) -> dict[str, float]:

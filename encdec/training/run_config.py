@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from encdec.denoisers import raw_sample_length
 from encdec.errors import ConfigError, RunDirectoryError
 from encdec.files import RunPaths, atomic_write_text
+from encdec.gates import GateLevel, ValidationGate
 from encdec.training.config import FullConfig, NonNegativeInt, PositiveInt
 from encdec.training.execution import PHASE_CONFIGS, PhaseConfig, TrainingPhase
 from encdec.training.rules import check_rules
@@ -85,7 +86,7 @@ class RunConfig:
         """Plain nested values."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return values | {
-            "phase": {**asdict(self.phase), "phase": str(self.phase.phase)} if self.phase else None,
+            "phase": self.phase.to_mapping() if self.phase else None,
             "config": self.config.model_dump(),
         }
 
@@ -220,6 +221,10 @@ def resolve_run(
 def _phase_row(phase: TrainingPhase, config: FullConfig) -> PhaseConfig:
     overrides = config.phases.get(phase.value)
     given = {key: value for key, value in overrides.model_dump().items() if value is not None} if overrides else {}
+    if "gates" in given:
+        given["gates"] = tuple(map(GateLevel, given["gates"]))
+    if "custom_gates" in given:
+        given["custom_gates"] = tuple(ValidationGate(**gate) for gate in given["custom_gates"])
     return replace(PHASE_CONFIGS[phase], **given)
 
 

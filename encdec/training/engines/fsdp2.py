@@ -60,7 +60,15 @@ class TorchEngine:
 
     def update(self) -> None:
         self.optimizer.step()
+        self.drop_gradients()
+
+    def drop_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
+
+    def local_state(self) -> list[Tensor]:
+        states = [value for state in self.optimizer.state.values() for value in state.values()]
+        tensors = [*self.module.parameters(), *filter(torch.is_tensor, states)]
+        return [t.to_local().detach() if isinstance(t, DTensor) else t.detach() for t in tensors]
 
     def prove_sharding(self, world_size: int) -> str:
         local = total = 0
