@@ -261,9 +261,9 @@ class InfraConfig(Section):
 
 
 class CustomGate(Section):
-    """A bound of one's own on what the training loop measures, judged at checkpoints after warm-up.
+    """A bound of one's own on what the training loop measures, from the end of warm-up.
 
-    It replaces the gate of the same name, at every level, once warm-up is over.
+    It is judged in the place of the gates of the same name, or else at scheduled checkpoints.
     """
 
     name: Annotated[str, Field(min_length=1)]

@@ -41,8 +41,8 @@ class NotFiniteError(Exception):
 class Gatekeeper:
     """Judges QUICK gates every so many steps, STANDARD and custom ones at scheduled checkpoints after warm-up.
 
-    A custom gate takes the place of those of the same name, QUICK ones included, once warm-up is over. Its state is
-    plain JSON.
+    Once warm-up is over, a custom gate takes the place of those of the same name that are judged; any other is judged at
+    checkpoints. The state is plain JSON.
 
     Args:
         levels: which of QUICK and STANDARD are judged.
@@ -57,7 +57,8 @@ class Gatekeeper:
         levels, self._custom = frozenset(levels), tuple(custom)
         self._quick = GATES[GateLevel.QUICK] if GateLevel.QUICK in levels else ()
         standard = GATES[GateLevel.STANDARD] if GateLevel.STANDARD in levels else ()
-        self._standard = with_custom(standard, self._custom)
+        replaced = {gate.name for gate in self._quick} - {gate.name for gate in standard}
+        self._standard = with_custom(standard, (gate for gate in self._custom if gate.name not in replaced))
         self._every, self._warmup_steps = every, warmup_steps
         self._state: dict[str, Any] = {"passed": 0, "steps": 0, "grad_norms": 0.0, "evidence": []}
         self._speeds: list[float] = []

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from encdec import distributed
-from encdec.checkpoints import CheckpointManager, logical_digest
+from encdec.checkpoints import CheckpointManager, DriveCheckpointManager, logical_digest
 from encdec.checkpoints.payload import payload_named
 from encdec.data.collator import Sample, UL2DataCollator
 from encdec.data.packing import open_packed
@@ -120,6 +120,7 @@ class Run:
     engine: str = "fsdp"
     gates: tuple[GateLevel, ...] = (GateLevel.QUICK,)
     custom_gates: tuple[ValidationGate, ...] = ()
+    mirror: Path | None = None
     story: Story = field(default_factory=Story)
 
     def trainer(self, wishes: Mapping[int, Wishes] | None = None) -> Qwen3EncoderDecoderTrainer:
@@ -155,14 +156,18 @@ class Run:
         trainer = Qwen3EncoderDecoderTrainer(
             engine.module if engine else model, tokenizer, config, build_dataloader(dataset, collator, sampler),
             held_out, engine=engine, sample_length=run.sample_length, requests=Asked(wishes or {}),
-            checkpoints=CheckpointManager(
-                self.root / "checkpoints", 50, payload=payload_named(engine.payload if engine else "fsdp2")
-            ),
+            checkpoints=self.manager(engine.payload if engine else "fsdp2"),
             gates=self.gates, custom_gates=self.custom_gates, observers=[self.story],
         )  # fmt: skip
         trainer.start_from(None)
         trainer.requests.step = trainer.state.global_step  # type: ignore[attr-defined]
         return trainer
+
+    def manager(self, payload: str) -> CheckpointManager:
+        folder, options = self.root / "checkpoints", {"save_total_limit": 50, "payload": payload_named(payload)}
+        if self.mirror:
+            return DriveCheckpointManager(self.mirror, folder, **options)
+        return CheckpointManager(folder, **options)
 
     def train(self, wishes: Mapping[int, Wishes] | None = None) -> TrainResult:
         return self.trainer(wishes).train()

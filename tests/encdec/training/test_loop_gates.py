@@ -140,6 +140,9 @@ def test_custom_gates_are_judged_at_checkpoints_also_where_standard_ones_are_not
         made.after_step(49, 1.0, speed)
     assert made.judge(STANDARD, 50, losses(4.0), {}).passed
     assert keeper((QUICK,)).owed(50, checkpoint=True) == []
+    in_place = keeper((QUICK,), ValidationGate("loss_reasonable", "loss", 5.0))
+    assert in_place.owed(50, checkpoint=True) == []
+    assert not in_place.judge(QUICK, 100, losses(6.0), {}).passed
 
 
 def test_gate_that_is_not_required_closes_nothing():

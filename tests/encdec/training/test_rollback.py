@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from encdec.checkpoints import CheckpointManager
+from encdec.checkpoints.manifest import read_manifest
 from encdec.errors import FencedError, RunDirectoryError
 from encdec.gates import ValidationGate
 from encdec.training.config import TrainingConfig
@@ -222,15 +223,15 @@ def test_without_a_good_checkpoint_the_run_ends_as_without_recovery(made, tmp_pa
 
 
 def test_quick_gate_that_does_not_pass_rolls_back_to_before_it_last_passed(made, tmp_path):
-    gate = ValidationGate("loss_reasonable", "loss", 5.72)
-    settings = {"max_rollbacks": 1, "loss_spike_ratio": 9.0, "rollback_margin_steps": 30}
+    gate = ValidationGate("loss_reasonable", "loss", 5.58)
+    settings = {"max_rollbacks": 1, "loss_spike_ratio": 9.0, "rollback_margin_steps": 30, "gate_steps": 30}
     run = Run(made, tmp_path, settings, POISON, custom_gates=(gate,))
     assert run.train().cause == "complete"
     [facts] = run.story.of("rolled_back")
-    assert (facts["cause"], facts["from_step"], facts["to_step"]) == ("loss_reasonable", 70, 60)
+    assert (facts["cause"], facts["from_step"], facts["to_step"]) == ("loss_reasonable", 60, 30)
     ended = Run(made, tmp_path / "ended", settings | {"max_rollbacks": 0}, POISON, custom_gates=(gate,))
     result = ended.train()
-    assert (result.cause, result.step, result.checkpoint) == ("gate", 70, "step-70")
+    assert (result.cause, result.step, result.checkpoint) == ("gate", 60, "step-60")
     assert result.message.startswith("gate not passed: loss_reasonable: loss 5.")
 
 
@@ -356,3 +357,30 @@ def test_decisions_that_cannot_be_read_are_not_passed_over(tmp_path):
     (tmp_path / FILE).write_text('[{"number": 1}]')
     with pytest.raises(RunDirectoryError, match=r"rollbacks\.json"):
         made.read()
+
+
+# ---- who else looks at checkpoints
+
+
+def test_withdrawn_checkpoint_is_nobodys(recovered: Run):
+    """Not the best, not kept for the average, not gone on from; also where storage did not let it be moved away."""
+    folder = recovered.root / "checkpoints"
+    manager = CheckpointManager(folder)
+    assert [info.step for info in manager.own_checkpoints()] == [10, 20, 30, 40, 50, 60, 70, 80]
+    manager.withdrawn = lambda step, samples: (step, samples) == (50, 82 * BATCH)
+    assert [info.step for info in manager.own_checkpoints()] == [10, 20, 30, 40, 60, 70, 80]
+    assert not manager.is_own(read_manifest(folder / "step-50"))
+
+
+def test_mirror_gives_no_withdrawn_checkpoint_back(made, tmp_path):
+    run = Run(made, tmp_path, {"max_rollbacks": 1}, POISON, mirror=tmp_path / "mirror")
+    trainer = run.trainer()
+    before_load(trainer)
+    with pytest.raises(KilledError):
+        trainer.train()
+    assert trainer.checkpoints.drain()
+    assert (tmp_path / "mirror" / "step-50").exists()  # copied during the spike
+    again = run.trainer()
+    assert again.state.global_step == 40
+    assert not (tmp_path / "mirror" / "step-50").exists()
+    assert any("deleted from the drive: step-50" in reason for reason in again.checkpoints.rejected)
