@@ -41,8 +41,8 @@ class NotFiniteError(Exception):
 class Gatekeeper:
     """Judges QUICK gates every so many steps, STANDARD and custom ones at scheduled checkpoints after warm-up.
 
-    Once warm-up is over, a custom gate takes the place of those of the same name that are judged; any other is judged at
-    checkpoints. The state is plain JSON.
+    Once warm-up is over, a custom gate takes the place of those of the same name that are judged; any other is judged
+    at checkpoints. The state is plain JSON.
 
     Args:
         levels: which of QUICK and STANDARD are judged.
