@@ -125,6 +125,7 @@ class Computation:
                 totals[0] += self._loss(batch, 1.0).double()  # a filler batch has no targets and adds 0
                 totals[1] += tokens
         self._engine.module.train()
+        self._engine.end_evaluation()
         if distributed.is_distributed():
             dist.all_reduce(totals)
         loss = (totals[0] / totals[1].clamp(min=1)).item()

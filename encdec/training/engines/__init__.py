@@ -43,6 +43,9 @@ class Engine(Protocol):
     def update(self) -> None:
         """Apply the optimizer to the gradients as they stand now, and drop them."""
 
+    def end_evaluation(self) -> None:
+        """After forward passes without a backward pass: give up the whole parameters that those may have left."""
+
     def drop_gradients(self) -> None:
         """Forget the gradients of a step that is not to be applied."""
 

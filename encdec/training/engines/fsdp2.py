@@ -62,6 +62,11 @@ class TorchEngine:
         self.optimizer.step()
         self.drop_gradients()
 
+    def end_evaluation(self) -> None:
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # SHARD_GRAD_OP leaves that to a backward pass; a checkpoint needs the shards
+
     def drop_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 

@@ -73,6 +73,9 @@ class ZeroEngine:
     def update(self) -> None:
         self.module.step()
 
+    def end_evaluation(self) -> None:
+        """DeepSpeed gives whole parameters up after each forward pass."""
+
     def drop_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)  # its next backward pass overwrites instead of adding
         if self.optimizer.offload_optimizer:

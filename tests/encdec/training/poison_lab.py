@@ -121,6 +121,7 @@ class Run:
     gates: tuple[GateLevel, ...] = (GateLevel.QUICK,)
     custom_gates: tuple[ValidationGate, ...] = ()
     mirror: Path | None = None
+    sharding: str = "FULL_SHARD"
     story: Story = field(default_factory=Story)
 
     def trainer(self, wishes: Mapping[int, Wishes] | None = None) -> Qwen3EncoderDecoderTrainer:
@@ -133,7 +134,8 @@ class Run:
         rank, world = distributed.rank(), distributed.world_size()
         run = resolve_run(
             None, config_file=MICRO, ranks_per_node=world,
-            settings=[*settings, f"infra.distributed_type={self.engine}", f"training.seed={SEED}"],
+            settings=[*settings, f"infra.distributed_type={self.engine}",
+                f"infra.fsdp_sharding_strategy={self.sharding}", f"training.seed={SEED}"],
         )  # fmt: skip
         config = run.config
         tokenizer = Qwen3EncoderDecoderTokenizer.from_pretrained(str(self.made.folder / "tokenizer"))

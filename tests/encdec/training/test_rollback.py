@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from encdec.checkpoints import CheckpointManager
+from encdec.checkpoints.fsdp2_tensors import DcpTensors
 from encdec.checkpoints.manifest import read_manifest
 from encdec.errors import FencedError, RunDirectoryError
 from encdec.gates import ValidationGate
@@ -147,6 +148,17 @@ def test_two_ranks_roll_back_together_and_forget_nothing(made, tmp_path, engine:
     assert killed.state() == whole.state()
     assert killed.quarantined() == whole.quarantined() == ["step-50"]
     assert [decision["to_step"] for decision in whole.state()["rollbacks"]] == [40]
+
+
+def test_whole_parameters_left_by_an_evaluation_are_in_nobodys_way(made, tmp_path):
+    """SHARD_GRAD_OP keeps them after a forward pass: the checkpoint after it must have optimizer state all the same."""
+    runs = [
+        Run(made, tmp_path / name, {"num_train_steps": 20}, sharding=name) for name in ("FULL_SHARD", "SHARD_GRAD_OP")
+    ]
+    for run in runs:
+        in_ranks(2, train_whole, run)
+    assert runs[0].digest(20) == runs[1].digest(20)
+    assert any(name.startswith("optim.") for name in DcpTensors(runs[1].checkpoint(20) / "fsdp2").names)
 
 
 @pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
