@@ -49,7 +49,8 @@ class Evidence:
     def line(self) -> str:
         """In words: ``perplexity 1203, must be < 1000``."""
         value = NOT_MEASURED if self.value is None else f"{self.value:.4g}"
-        return f"{self.gate}: {self.metric} {value}, must be {self.comparison} {self.threshold:g}"
+        name = self.metric if self.gate == self.metric else f"{self.gate}: {self.metric}"
+        return f"{name} {value}, must be {self.comparison} {self.threshold:g}"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; JSON has no nan and no infinity, so such a value is null there, named in ``measured``."""
@@ -109,6 +110,12 @@ class GateLevel(StrEnum):
     """Before the next scale."""
     PRODUCTION = "production"
     """Before anybody else uses the model."""
+
+
+LOOP_METRICS = (
+    "loss", "loss_decrease", "grad_norm", "perplexity", "eval_loss", "nan_count", "tokens_per_second",
+)  # fmt: skip
+"""What the training loop itself measures."""
 
 
 def _gate(name: str, metric: str, comparison: Comparison, threshold: float, text: str) -> ValidationGate:

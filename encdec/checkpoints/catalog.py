@@ -25,6 +25,8 @@ class CheckpointInfo:
     """Whether the schedule of steps asked for it."""
     run_identity: str = ""
     """Of the run that made it; empty where it had none."""
+    samples_consumed: int = 0
+    """Its position in the sample stream."""
 
 
 def committed(root: Path) -> list[CheckpointInfo]:
@@ -49,7 +51,7 @@ def described(manifest: Manifest) -> CheckpointInfo:
     size = sum(record.bytes for record in manifest.files)
     return CheckpointInfo(
         f"step-{manifest.step}", manifest.step, manifest.metrics, size, manifest.time,
-        scheduled=manifest.scheduled, run_identity=manifest.run_identity,
+        scheduled=manifest.scheduled, run_identity=manifest.run_identity, samples_consumed=manifest.samples_consumed,
     )  # fmt: skip
 
 

@@ -94,7 +94,8 @@ class DriveCheckpointManager(CheckpointManager):
         return [infos[step] for step in sorted(infos)]
 
     def _on_drive(self) -> list[CheckpointInfo]:
-        return [catalog.described(manifest) for manifest in self.mirror.manifests()]
+        infos = map(catalog.described, self.mirror.manifests())
+        return [info for info in infos if not self.withdrawn(info.step, info.samples_consumed)]
 
     def validate(self, checkpoint_id: str) -> None:
         """Verify one checkpoint in this process: the cache's, or else the drive's.
@@ -143,6 +144,9 @@ class DriveCheckpointManager(CheckpointManager):
                 steps = self.mirror.place.steps()
             for candidate in reversed([one for one in steps if one > step]):
                 try:
+                    if self._delete_withdrawn(candidate):
+                        rejected.append(f"deleted from the drive: step-{candidate}, which a roll-back has withdrawn")
+                        continue
                     self._fetch(candidate)
                     return candidate, rejected
                 except CheckpointError as error:
@@ -152,6 +156,14 @@ class DriveCheckpointManager(CheckpointManager):
                 raise
             log.warning("%s", error)
         return None, rejected
+
+    def _delete_withdrawn(self, step: int) -> bool:
+        """Whether the drive's checkpoint of ``step`` was one that the run has withdrawn; it is gone then."""
+        made = self.mirror.manifest(step)
+        if not self.withdrawn(made.step, made.samples_consumed):
+            return False
+        self.mirror.delete(step)
+        return True
 
     def _fetch(self, step: int) -> None:
         copied = self.mirror.copy_out(step, self.output_dir)

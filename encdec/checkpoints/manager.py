@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from blake3 import blake3
 from torch import nn
 from torch.optim import Optimizer
 
@@ -26,6 +25,7 @@ from encdec.checkpoints.manifest import (
     verify_files,
     verify_names,
 )
+from encdec.checkpoints.meaning import read_trainer_state
 from encdec.checkpoints.payload import DEFAULT, Payload, payload_named
 from encdec.checkpoints.retention import Retention
 from encdec.distributed import Group
@@ -50,7 +50,7 @@ class CheckpointManager:
         save_total_limit: checkpoints kept; the best and the newest are never deleted, nor those to be averaged.
         best_metric: name of the metric that makes a checkpoint the best one.
         best_metric_mode: whether less or more of it is better.
-        averaged: how many of the last scheduled checkpoints will be averaged at the end.
+        averaged: how many of the last scheduled checkpoints will be averaged at the end, or may be gone back to.
         averaged_from: first step that can be among them; 0 where the end is not known.
         payload: reads and writes what the engine trains; FSDP2's unless given.
         attempt: number of the attempt that writes; part of the temporary folder's name.
@@ -78,6 +78,8 @@ class CheckpointManager:
         self.payload = payload or payload_named(DEFAULT)
         self.fence = fence
         self.rejected: list[str] = []
+        self.withdrawn: Callable[[int, int], bool] = lambda step, samples_consumed: False
+        """Whether the run has gone back to before the checkpoint of that step and data position: nobody may use it."""
         self._committer = Committer(root=self.output_dir, attempt=attempt, run_identity=run_identity, fence=fence)
         self._flight: Flight | None = None
         self._background: Group = None
@@ -153,7 +155,7 @@ class CheckpointManager:
         self.wait()
 
     def _prune(self, committed_step: int) -> None:
-        infos = [info for info in catalog.committed(self.output_dir) if self.is_own(info)]
+        infos = self.own_checkpoints()
         for info in self.retention.spare(infos, self._best(infos), committed_step):
             folders.retire(self.output_dir / info.checkpoint_id)
 
@@ -194,6 +196,10 @@ class CheckpointManager:
         """Committed checkpoints with a sound manifest, by step."""
         return catalog.committed(self.output_dir)
 
+    def own_checkpoints(self) -> list[CheckpointInfo]:
+        """Those in ``output_dir`` that this run made and has not withdrawn, by step."""
+        return [info for info in catalog.committed(self.output_dir) if self.is_own(info)]
+
     def validate(self, checkpoint_id: str) -> None:
         """Verify one checkpoint in this process.
 
@@ -205,8 +211,8 @@ class CheckpointManager:
     def newest_valid(self) -> Path | None:
         """Folder of the newest checkpoint that verifies, or None; collective, the ranks share the hashing.
 
-        Newer ones that are proven wrong are moved to ``quarantine/`` with their reason; those that cannot be read, or
-        are another run's, are left where they are. ``rejected`` names them all.
+        Newer ones that are proven wrong or withdrawn are moved to ``quarantine/`` with their reason; those that cannot
+        be read, or are another run's, are left where they are. ``rejected`` names them all.
 
         Raises:
             CheckpointError: none is valid, but one could not be read or moved: the run must not start over in silence.
@@ -240,11 +246,18 @@ class CheckpointManager:
         return distributed.on_rank_zero(lambda: folders.quarantine(folder, error))
 
     def is_own(self, made: CheckpointInfo | Manifest) -> bool:
-        """Whether this run made it, as far as both say which run they are of."""
+        """Whether this run made it, as far as both say which run they are of, and has not withdrawn it."""
         own = self._committer.run_identity
-        return not own or made.run_identity in ("", own)
+        of_this_run = not own or made.run_identity in ("", own)
+        return of_this_run and not self.withdrawn(made.step, made.samples_consumed)
 
     def _require_own(self, folder: Path, manifest: Manifest) -> None:
+        if self.withdrawn(manifest.step, manifest.samples_consumed):
+            raise CheckpointError(
+                "A run that was rolled back goes on from a checkpoint before its divergence",
+                found=f"{folder}, after it",
+                remedy="Nothing to do: the run goes on from an older one",
+            )
         if not self.is_own(manifest):
             own, found = self._committer.run_identity, manifest.run_identity
             raise ForeignCheckpoint(
@@ -329,31 +342,3 @@ def bytes_of_first(model: nn.Module) -> int:
     return BYTES_PER_PARAMETER * sum(
         getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters()
     )
-
-
-def read_trainer_state(folder: Path) -> dict[str, Any]:
-    """The plain values of a verified checkpoint.
-
-    Raises:
-        CheckpointError: not JSON, or without a step and a scheduler.
-    """
-    with reading(folder / TRAINER_STATE, "step and scheduler"):
-        state = json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
-        return {**state, "step": int(state["step"]), "scheduler": dict(state["scheduler"])}
-
-
-def logical_digest(folder: Path) -> str:
-    """64 hex digits of what a checkpoint means: model, optimizer, scheduler, data position, seed and step.
-
-    The same for any sharding and world size. The checkpoint is verified first.
-
-    Raises:
-        CheckpointError: it does not verify.
-    """
-    sharding = verify(folder).sharding
-    state = read_trainer_state(folder)
-    hasher = blake3()
-    payload_named(sharding).digest(folder / sharding, hasher)
-    logical = {key: state.get(key) for key in ("scheduler", "samples_consumed", "seed", "step")}
-    hasher.update(json.dumps(logical, sort_keys=True).encode())
-    return hasher.hexdigest()

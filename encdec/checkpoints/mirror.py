@@ -83,6 +83,16 @@ class Mirror:
                     log.warning("%s", error)
         return found
 
+    def manifest(self, step: int) -> Manifest:
+        """Manifest of the mirrored checkpoint of ``step``.
+
+        Raises:
+            CheckpointError: there is none, or it is not sound.
+            MirrorError: the place does not answer.
+        """
+        with self.place.reached():
+            return self._manifest(step)
+
     def _manifest(self, step: int) -> Manifest:
         path = Path(self.place.path(step, MANIFEST))
         text = self.place.manifest_text(step)

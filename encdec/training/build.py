@@ -24,6 +24,7 @@ from encdec.data.sampler import GlobalBatchSampler
 from encdec.data.ul2_dataset import EvaluationBatches, UL2Dataset, build_dataloader
 from encdec.errors import FencedError
 from encdec.files import RunPaths, staged_directory
+from encdec.gates import GateLevel
 from encdec.modeling_qwen3_encdec import Qwen3ForSeq2SeqLM
 from encdec.records import JsonLinesWriter, event
 from encdec.tokenization_qwen3_encdec import Qwen3EncoderDecoderTokenizer
@@ -36,7 +37,7 @@ from encdec.training.notifications import Sender, open_addresses
 from encdec.training.observers import Observer, Records, TensorBoard, TextLog, WeightsAndBiases
 from encdec.training.rules import require_memory
 from encdec.training.run_config import RunConfig
-from encdec.training.saving import averaged, averaged_from
+from encdec.training.saving import averaged, averaged_from, kept_for_roll_back
 from encdec.training.signals import Requests
 from encdec.training.trainer import Qwen3EncoderDecoderTrainer
 from encdec.weight_initialization import allocate, build_from_pretrained, build_from_scratch
@@ -202,6 +203,8 @@ def build_trainer(
         sample_length=run.sample_length,
         total_steps=run.num_train_steps,
         warmup_steps=run.warmup_steps,
+        gates=run.phase.gates if run.phase else (GateLevel.QUICK,),
+        custom_gates=run.phase.custom_gates if run.phase else (),
         requests=requests,
         observers=observers(run, paths, attempt) if rank == 0 else (),
         attempt=attempt,
@@ -229,17 +232,17 @@ def checkpoint_manager(run: RunConfig, paths: RunPaths, attempt: int, payload: s
     Args:
         payload: name of what the engine is saved as.
     """
-    limit, mirror = run.config.training.save_total_limit, run.config.infra.checkpoint_mirror
+    training, mirror = run.config.training, run.config.infra.checkpoint_mirror
     options: dict[str, Any] = {
         "payload": payload_named(payload),
-        "averaged": averaged(run.config.training),
-        "averaged_from": averaged_from(run.config.training, run.num_train_steps),
+        "averaged": max(averaged(training), kept_for_roll_back(training)),
+        "averaged_from": 0 if training.max_rollbacks else averaged_from(training, run.num_train_steps),
         "attempt": attempt,
         "run_identity": run.identity,
         "fence": fence(paths, attempt),
     }
     if mirror is None:
-        return CheckpointManager(paths.checkpoints, limit, **options)
+        return CheckpointManager(paths.checkpoints, training.save_total_limit, **options)
     ledger = paths.attempt(attempt).events("mirror")
 
     def report(kind: str, **facts: Any) -> None:
@@ -248,7 +251,7 @@ def checkpoint_manager(run: RunConfig, paths: RunPaths, attempt: int, payload: s
 
     folder = f"{mirror.rstrip('/')}/{run.mirror_folder}"
     log.info("checkpoints are copied to %s", folder)
-    return DriveCheckpointManager(folder, paths.checkpoints, limit, report=report, **options)
+    return DriveCheckpointManager(folder, paths.checkpoints, training.save_total_limit, report=report, **options)
 
 
 def evaluation_batches(config: FullConfig, packed: Path, collator: UL2DataCollator) -> EvaluationBatches | None:

@@ -10,49 +10,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from encdec.errors import ConfigError
 from encdec.files import atomic_write_text
 from encdec.training.config_errors import explain
+from encdec.training.config_section import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PhaseName,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    Size,
+)
+from encdec.training.phase_overrides import PhaseOverrides
 from encdec.training.yaml_values import dump_yaml, read_yaml
-
-PhaseName = Literal["sanity_check", "validation", "medium", "full"]
-PositiveInt = Annotated[int, Field(gt=0, lt=2**63)]
-NonNegativeInt = Annotated[int, Field(ge=0, lt=2**63)]
-Size = Annotated[int, Field(gt=0, lt=2**31)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    """One part of the tree: no unknown keys, no silent conversions, checked on assignment too."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        strict=True,
-        validate_assignment=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-        protected_namespaces=(),
-    )
-
-    @field_validator("*")
-    @classmethod
-    def _can_be_a_path(cls, value: Any) -> Any:
-        if isinstance(value, str) and "\0" in value:
-            raise ValueError("a text must hold no NUL character, which no path or program takes")
-        return value
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        before = dict(self.__dict__)
-        try:
-            super().__setattr__(name, value)
-        except ValidationError:  # pydantic leaves the value in place when a rule over several fields refuses it
-            self.__dict__.clear()
-            self.__dict__.update(before)
-            raise
 
 
 class ArchitectureConfig(Section):
@@ -229,6 +203,18 @@ class TrainingConfig(Section):
     """Alert where memory is above this multiple of its level after the first steps, then of that of the last alert."""
     monitor_alert_steps: PositiveInt = 100
     """Steps between two alerts of one kind. All are counted."""
+    gate_steps: PositiveInt = 100
+    """Steps between checks of the QUICK gates."""
+    max_rollbacks: NonNegativeInt = 0
+    """Times a run that diverges goes back to its last good checkpoint and past the data that it met there; 0: never."""
+    rollback_lr_factor: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """What each roll-back multiplies the learning rate by, from then on."""
+    rollback_margin_steps: NonNegativeInt = 10
+    """Steps of data skipped beyond those from the checkpoint to the divergence."""
+    loss_spike_ratio: Annotated[float, Field(gt=1)] = 1.5
+    """Loss of a step over the mean before the spike from which it belongs to a spike that is rolled back."""
+    loss_spike_patience: Annotated[int, Field(gt=0, le=25)] = 20
+    """Consecutive steps of a spike, warm-up excepted, before a roll-back; 25 is half the mean's window."""
 
 
 class InfraConfig(Section):
@@ -266,25 +252,6 @@ class InfraConfig(Section):
     notify_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
     """Name of the environment variable with addresses (apprise URLs, separated by spaces) that are sent alerts, closed
     gates and the ends of attempts. They hold secrets, so they stand in no file and no log. None: nobody is told."""
-
-
-class PhaseOverrides(Section):
-    """What a YAML file changes in a phase's table row. None leaves the table's value."""
-
-    num_tokens: PositiveInt | None = None
-    """Raw tokens of the phase."""
-    num_train_steps: PositiveInt | None = None
-    """Optimizer steps of the phase."""
-    eval_steps: PositiveInt | None = None
-    """Steps between evaluations."""
-    save_steps: PositiveInt | None = None
-    """Steps between checkpoints."""
-    logging_steps: PositiveInt | None = None
-    """Steps between lines of the text log."""
-    max_loss_after_warmup: PositiveFloat | None = None
-    """Highest loss allowed after warm-up, nats."""
-    min_loss_decrease: float | None = None
-    """Least fall of the loss from the first steps to the last, nats."""
 
 
 class FullConfig(Section):

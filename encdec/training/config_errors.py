@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -57,7 +59,13 @@ def _known_keys(location: tuple[int | str, ...], section: type[BaseModel]) -> li
     """Keys allowed where the unknown key at ``location`` of a tree stands."""
     for part in location[:-1]:
         if str(part) in section.model_fields:  # else the key of a mapping such as phases, whose rows are the section
-            annotation = section.model_fields[str(part)].annotation
-            candidates = [annotation, *getattr(annotation, "__args__", ())]
-            section = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), section)
+            section = next(_sections(section.model_fields[str(part)].annotation), section)
     return list(section.model_fields)
+
+
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The sections that a field's type names, inside lists and mappings, too."""
+    if isinstance(annotation, type) and not get_args(annotation) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _sections(inner)

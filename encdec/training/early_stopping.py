@@ -26,6 +26,12 @@ class EarlyStopping:
         """Why training has ended for good, also after a restart; None while it may go on."""
         return self._state["reason"] if self._rules.early_stopping_enabled else None
 
+    @property
+    def fatal_spikes(self) -> int:
+        """Consecutive gradient spikes, if there are enough of them to end training."""
+        spikes = self._state["spikes"] if self.reason else 0
+        return spikes if spikes >= self._rules.grad_spike_patience else 0
+
     def judge(self, step: int, grad_norm: float, mean_loss: float) -> str | None:
         """Reason to stop, or None. Every step must come by here once, also one at which the run is told to leave."""
         if not self.after_step(step, grad_norm) and step % self._rules.eval_steps == 0:

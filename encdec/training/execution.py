@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import ConfigDict
 
 from encdec.estimates import estimate_steps_for_tokens, estimate_training_time
+from encdec.gates import GateLevel, ValidationGate
 
 __all__ = [
     "PHASE_CONFIGS",
@@ -49,6 +50,18 @@ class PhaseConfig:
     logging_steps: int | None = None
     max_loss_after_warmup: float = 10.0
     min_loss_decrease: float = 0.1
+    gates: tuple[GateLevel, ...] = (GateLevel.QUICK, GateLevel.STANDARD)
+    """Judged while training."""
+    custom_gates: tuple[ValidationGate, ...] = ()
+    """Beside those, or in the place of those of the same name."""
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain nested values, as ``run.yaml`` has them."""
+        return asdict(self) | {
+            "phase": str(self.phase),
+            "gates": [str(level) for level in self.gates],
+            "custom_gates": [asdict(gate) for gate in self.custom_gates],
+        }
 
 
 @dataclass(frozen=True)
@@ -70,17 +83,49 @@ def previous_phases(phase: TrainingPhase) -> list[TrainingPhase]:
     return list(TrainingPhase)[: list(TrainingPhase).index(phase)]
 
 
-def _row(phase: TrainingPhase, tokens: int, text: str, steps: tuple[int, int, int, int], bounds: tuple[float, float]):
-    return PhaseConfig(phase, tokens, text, *steps, *bounds)
+def _row(
+    phase: TrainingPhase,
+    tokens: int,
+    text: str,
+    steps: tuple[int, int, int, int],
+    bounds: tuple[float, float],
+    *gates: GateLevel,
+):
+    return PhaseConfig(phase, tokens, text, *steps, *bounds, gates)
 
 
-# phase -> tokens, (steps, eval, save, log), (max loss after warm-up, min decrease)
+QUICK, STANDARD = GateLevel.QUICK, GateLevel.STANDARD
+# phase -> tokens, (steps, eval, save, log), (max loss after warm-up, min decrease), gates while it trains
 PHASE_CONFIGS: dict[TrainingPhase, PhaseConfig] = {
     row.phase: row
     for row in (
-        _row(TrainingPhase.SANITY_CHECK, 10**7, "Does it run and learn at all", (100, 50, 100, 1), (15.0, 0.1)),
-        _row(TrainingPhase.VALIDATION, 10**9, "Does the loss fall as it should", (5_000, 500, 1_000, 10), (8.0, 0.5)),
-        _row(TrainingPhase.MEDIUM, 10**11, "A model worth evaluating", (50_000, 1_000, 5_000, 10), (5.0, 1.0)),
-        _row(TrainingPhase.FULL, 5 * 10**11, "The model to publish", (100_000, 500, 10_000, 10), (4.0, 1.5)),
+        _row(TrainingPhase.SANITY_CHECK, 10**7, "Does it run and learn at all", (100, 50, 100, 1), (15.0, 0.1), QUICK),
+        _row(
+            TrainingPhase.VALIDATION,
+            10**9,
+            "Does the loss fall as it should",
+            (5_000, 500, 1_000, 10),
+            (8.0, 0.5),
+            QUICK,
+            STANDARD,
+        ),
+        _row(
+            TrainingPhase.MEDIUM,
+            10**11,
+            "A model worth evaluating",
+            (50_000, 1_000, 5_000, 10),
+            (5.0, 1.0),
+            QUICK,
+            STANDARD,
+        ),
+        _row(
+            TrainingPhase.FULL,
+            5 * 10**11,
+            "The model to publish",
+            (100_000, 500, 10_000, 10),
+            (4.0, 1.5),
+            QUICK,
+            STANDARD,
+        ),
     )
 }

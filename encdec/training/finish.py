@@ -61,14 +61,14 @@ def finish(run: RunConfig, paths: RunPaths, result: TrainResult, trainer: Qwen3E
     """
     verified = distributed.on_rank_zero(lambda: read_back(trainer, result.checkpoint))
     cause, message, first_loss = result.cause, result.message, result.first_loss
-    if cause == "complete" and run.phase:
+    if run.phase and cause in ("complete", "gate"):
         first_loss = loss_of_the_chain(paths, result)
-        verdict = judge_phase(run.phase, first_loss, result.last_loss)
+        verdict = verdict_on(run.phase, result, first_loss)
         distributed.on_rank_zero(trainer.checkpoints.fence)  # a node that was cut off may not pass the gate for others
         distributed.on_rank_zero_however_long(
             lambda: write_gate(run, paths, result, first_loss, verdict, trainer, verified=verified)
         )
-        if not verdict.passed:
+        if cause == "complete" and not verdict.passed:
             cause = "gate"
             message += "; gate not passed: " + "; ".join(item.line() for item in verdict.failures)
     if cause == "complete":
@@ -82,8 +82,8 @@ def finish(run: RunConfig, paths: RunPaths, result: TrainResult, trainer: Qwen3E
         "step": result.step,
         "checkpoint": result.checkpoint,
         "checkpoint_verified": verified,
-        "first_loss": first_loss,
-        "last_loss": result.last_loss,
+        "first_loss": finite(first_loss),
+        "last_loss": finite(result.last_loss),
         "message": message,
     }
 
@@ -106,6 +106,13 @@ def loss_of_the_chain(paths: RunPaths, result: TrainResult) -> float:
     """
     origin = distributed.on_rank_zero(lambda: read_origin(paths))
     return result.first_loss if origin is None or origin.first_loss is None else origin.first_loss
+
+
+def verdict_on(phase: PhaseConfig, result: TrainResult, first_loss: float) -> GateReport:
+    """The gates in the loop as they were judged last, after the phase's own bounds if it has come to its end."""
+    in_the_loop = result.gates.evidence if result.gates else ()
+    own = judge_phase(phase, first_loss, result.last_loss).evidence if result.cause == "complete" else ()
+    return GateReport(own + in_the_loop)
 
 
 def judge_phase(phase: PhaseConfig, first_loss: float, last_loss: float) -> GateReport:

@@ -37,6 +37,10 @@ class Observer(Protocol):
     def on_save_failed(self, step: int, reason: str, last: str | None) -> None:
         return
 
+    def on_event(self, kind: str, facts: Mapping[str, Any]) -> None:
+        """A turn in the run's life: a closed gate, a roll-back, an early stop."""
+        return
+
     def on_alert(self, alert: Mapping[str, Any]) -> None:
         """``type, step, value, threshold, message``; maybe ``occurrences``, how many of its type there have been."""
         return
@@ -87,6 +91,10 @@ class Records(Observer):
         # JSON has no nan and no infinity; the message has them
         facts = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in alert.items()}
         self._events.write(event("alert", **facts))
+
+    def on_event(self, kind: str, facts: Mapping[str, Any]) -> None:
+        self._events.write(event(kind, **facts))
+        self._events.sync()  # such events are rare, and what follows from them may kill this process
 
     def close(self) -> None:
         self._steps.close()
@@ -154,6 +162,9 @@ class TextLog(Observer):
     def on_alert(self, alert: Mapping[str, Any]) -> None:
         log.warning("alert %s at step %d: %s", alert["type"], alert["step"], alert["message"])
 
+    def on_event(self, kind: str, facts: Mapping[str, Any]) -> None:
+        log.warning("%s", in_words(kind, facts))
+
     def close(self) -> None:
         if self._bar:
             self._bar.stop()
@@ -184,6 +195,9 @@ class TensorBoard(Observer):
 
     def on_alert(self, alert: Mapping[str, Any]) -> None:
         self._writer.add_text(f"alert/{alert['type']}", alert["message"], alert["step"])
+
+    def on_event(self, kind: str, facts: Mapping[str, Any]) -> None:
+        self._writer.add_text(f"events/{kind}", in_words(kind, facts))
 
     def close(self) -> None:
         self._writer.close()
@@ -227,8 +241,16 @@ class WeightsAndBiases(Observer):
     def on_alert(self, alert: Mapping[str, Any]) -> None:
         self._run.alert(alert["type"], f"step {alert['step']}: {alert['message']}", level="WARN")
 
+    def on_event(self, kind: str, facts: Mapping[str, Any]) -> None:
+        self._run.alert(kind.replace("_", " "), in_words(kind, facts))
+
     def close(self) -> None:
         self._run.finish()
+
+
+def in_words(kind: str, facts: Mapping[str, Any]) -> str:
+    """An entry of the ledger as one line."""
+    return f"{kind.replace('_', ' ')}: " + ", ".join(f"{name} {value}" for name, value in facts.items())
 
 
 def scalars(record: StepRecord, moving_loss: float) -> dict[str, float]:

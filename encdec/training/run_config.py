@@ -18,6 +18,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from encdec.denoisers import raw_sample_length
 from encdec.errors import ConfigError, RunDirectoryError
 from encdec.files import RunPaths, atomic_write_text
+from encdec.gates import GateLevel, ValidationGate
 from encdec.training.config import (
     FullConfig,
     NonNegativeInt,
@@ -106,7 +107,7 @@ class RunConfig:
         """Plain nested values."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return values | {
-            "phase": {**asdict(self.phase), "phase": str(self.phase.phase)} if self.phase else None,
+            "phase": self.phase.to_mapping() if self.phase else None,
             "config": self.config.model_dump(),
             "starts_from": asdict(self.starts_from) if self.starts_from else None,
         }
@@ -269,6 +270,10 @@ def resolve_run(
 def _phase_row(phase: TrainingPhase, config: FullConfig) -> PhaseConfig:
     overrides = config.phases.get(phase.value)
     given = {key: value for key, value in overrides.model_dump().items() if value is not None} if overrides else {}
+    if "gates" in given:
+        given["gates"] = tuple(map(GateLevel, given["gates"]))
+    if "custom_gates" in given:
+        given["custom_gates"] = tuple(ValidationGate(**gate) for gate in given["custom_gates"])
     return replace(PHASE_CONFIGS[phase], **given)
 
 

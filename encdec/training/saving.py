@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from typing import Any, NamedTuple
 
@@ -37,6 +38,14 @@ def averaged(training: TrainingConfig) -> int:
 def averaged_from(training: TrainingConfig, total_steps: int) -> int:
     """First step that the average at the end can need; 0 where training may stop early, at any step."""
     return 0 if training.early_stopping_enabled else max(0, total_steps - training.average_last * training.save_steps)
+
+
+def kept_for_roll_back(training: TrainingConfig) -> int:
+    """How many of the newest scheduled checkpoints a run may go back to: one must be older than any divergence."""
+    if not training.max_rollbacks:
+        return 0
+    longest = max(training.loss_spike_patience, training.grad_spike_patience, training.gate_steps)
+    return 1 + math.ceil(longest / training.save_steps)
 
 
 class Standing(NamedTuple):

@@ -30,6 +30,8 @@ class Schedule:
     shape: str
     step: int = 0
     """Steps done."""
+    factor: float = 1.0
+    """What all rates are multiplied by: below 1 once a run has been rolled back."""
 
     @classmethod
     def from_config(cls, training: TrainingConfig, *, warmup_steps: int, total_steps: int) -> Schedule:
@@ -43,6 +45,9 @@ class Schedule:
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of the step that follows ``step`` finished ones."""
+        return self.factor * self._planned(step)
+
+    def _planned(self, step: int) -> float:
         if step < self.warmup_steps:
             return self.peak * (step + 1) / self.warmup_steps
         if self.shape == "constant":
@@ -60,7 +65,7 @@ class Schedule:
         return rate
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step}
+        return {"step": self.step} | ({} if self.factor == 1.0 else {"factor": self.factor})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step = state["step"]
+        self.step, self.factor = state["step"], state.get("factor", 1.0)

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from encdec.gates import GateReport
+
 MOVING_WINDOW = 50
 """Steps in the moving mean of the loss."""
 
@@ -56,7 +58,7 @@ class TrainResult:
     """How ``train`` ended."""
 
     cause: str
-    """complete | signalled | stop_requested"""
+    """complete | signalled | stop_requested | gate"""
     step: int
     checkpoint: str | None
     first_loss: float
@@ -64,6 +66,8 @@ class TrainResult:
     last_loss: float
     """Mean over the last steps, nats."""
     message: str
+    gates: GateReport | None = None
+    """Of a closed gate, the verdicts at that step; else the newest of STANDARD and custom gates; None: none yet."""
 
 
 class LossHistory:

@@ -1,20 +1,15 @@
-"""The training loop: one reduction a step, in which loss, gradient norm and the decision to stop travel together.
-
-Shapes: B micro-batch, S_e encoder tokens, S_d decoder tokens, W ranks, A accumulation steps.
-"""
+"""The training loop: one reduction a step, in which loss, gradient norm and the decision to stop travel together."""
 
 from __future__ import annotations
 
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -22,19 +17,23 @@ from torch.utils.data import DataLoader
 from encdec import distributed
 from encdec.checkpoints import TRAINER_STATE, CheckpointManager, reading
 from encdec.checkpoints.payload import payload_named
-from encdec.errors import TrainingDiverged
+from encdec.errors import CheckpointError
+from encdec.gates import GateLevel, ValidationGate
 from encdec.records import StepRecord
 from encdec.training.alerts import tell_not_finite
+from encdec.training.computation import Computation, memory_gb
 from encdec.training.config import FullConfig
-from encdec.training.early_stopping import EarlyStopping
 from encdec.training.engines import Engine, TorchEngine
+from encdec.training.gatekeeper import NotFiniteError, not_finite
+from encdec.training.judgement import Closed, End, Judgement
 from encdec.training.observers import Observer
 from encdec.training.optimizer import make_optimizer, require_own_state
+from encdec.training.recovery import Divergence
 from encdec.training.rules import settled_micro_batch
 from encdec.training.saving import Saving, Standing
 from encdec.training.schedule import Schedule
 from encdec.training.signals import Requests, Wishes
-from encdec.training.state import MOVING_WINDOW, LossHistory, TrainingState, TrainResult
+from encdec.training.state import MOVING_WINDOW, TrainingState, TrainResult
 
 log = logging.getLogger("encdec.train")
 
@@ -55,6 +54,7 @@ class Qwen3EncoderDecoderTrainer:
         global_batch_size: samples per optimizer step over all ranks.
         total_steps: step at which training is complete.
         warmup_steps: steps of linear warm-up.
+        gates, custom_gates: judged while training goes on (``Gatekeeper``).
         requests: signals and control files.
         observers: told every step on rank 0 (records, progress, trackers).
         attempt, restart: stamped on each step record.
@@ -74,6 +74,8 @@ class Qwen3EncoderDecoderTrainer:
         global_batch_size: int | None = None,
         total_steps: int | None = None,
         warmup_steps: int | None = None,
+        gates: Iterable[GateLevel] = (GateLevel.QUICK,),
+        custom_gates: Iterable[ValidationGate] = (),
         requests: Requests | None = None,
         observers: Iterable[Observer] = (),
         attempt: int = 0,
@@ -91,13 +93,12 @@ class Qwen3EncoderDecoderTrainer:
             or getattr(sampler, "global_batch_size", 0)
             or (micro_batch * self.accumulation_steps * distributed.world_size())
         )
-        self.sample_length = sample_length or config.data.max_seq_length
+        self._tokens_per_step = self.global_batch_size * (sample_length or config.data.max_seq_length)
         self._device = next(model.parameters()).device
         self.engine: Engine = engine or TorchEngine(model, make_optimizer(model, config))
         self.optimizer = self.engine.optimizer
         warmup = min(training.warmup_steps, self.total_steps // 10) if warmup_steps is None else warmup_steps
         self.schedule = Schedule.from_config(training, warmup_steps=warmup, total_steps=self.total_steps)
-        self.early_stopping = EarlyStopping(training)
         self.checkpoints = checkpoints or CheckpointManager(
             config.infra.output_dir, training.save_total_limit, payload=payload_named(self.engine.payload)
         )
@@ -105,12 +106,17 @@ class Qwen3EncoderDecoderTrainer:
         self.observers = list(observers)
         self.attempt, self.restart = attempt, restart
         self.state = TrainingState()
-        self.losses = LossHistory(self.total_steps)
-        # a constant near a micro-batch's token count: dividing by it keeps gradients ordinary in any precision
-        self._unit = float(micro_batch * config.data.max_decoder_length)
-        self._process = psutil.Process()
+        self.judgement = Judgement(
+            training, self.checkpoints, gates, custom_gates, warmup_steps=warmup, total_steps=self.total_steps,
+            global_batch_size=self.global_batch_size,
+        )  # fmt: skip
+        self.losses, self.recovery = self.judgement.losses, self.judgement.recovery
+        self.computation = Computation(
+            self.engine, train_dataloader, self.schedule, accumulation_steps=self.accumulation_steps,
+            max_grad_norm=training.max_grad_norm, device=self._device,
+            unit=float(micro_batch * config.data.max_decoder_length),
+        )  # fmt: skip
         self.saving = Saving(self.checkpoints, config, self.total_steps, self.observers)
-        self._batches: Iterator[dict[str, Tensor]] | None = None
 
     # ---- the loop
 
@@ -118,154 +124,143 @@ class Qwen3EncoderDecoderTrainer:
         """Run from the present state to the end, or to the step boundary at which a stop is asked for.
 
         Raises:
-            TrainingDiverged: the loss is not a finite number.
             OSError: a checkpoint could not be written, or there is no room for one from the beginning.
+            CheckpointError: the run was to be rolled back, and nothing to go back to verifies.
         """
         self.engine.module.train()
-        self._make_up_evaluation()
-        message = self._completion()
-        cause = "complete" if message else ""
-        if not cause:
+        if not (end := self._make_up() or self.judgement.completion(self.state.global_step)):
             distributed.on_rank_zero(lambda: self.checkpoints.require_room(self.model))
-        while not cause:
-            record, wishes, standing = self._step()
-            cause, message = self._decide(record, wishes)
-            self._close_step(record, wishes, standing, cause)
+        while not end:
+            end = self._next_step()
+        gates = end.gates or self.judgement.gatekeeper.evidence
         return TrainResult(
-            cause, self.state.global_step, self.saving.last, self.losses.first_mean, self.losses.last_mean(), message
-        )
+            end.cause, self.state.global_step, self.saving.last, self.losses.first_mean, self.losses.last_mean(),
+            end.message, gates if gates.evidence else None,
+        )  # fmt: skip
+
+    def _next_step(self) -> End | None:
+        """One step and what follows from it; None: training goes on, from here or from where it was rolled back to."""
+        try:
+            record, wishes, standing = self._step()
+        except NotFiniteError as found:
+            return self._close_gate(self.judgement.not_finite(found.report, self.state, applied=False))
+        for observer in self.observers:
+            observer.on_step(record, self.losses.last_mean(MOVING_WINDOW))
+        divergence = self.judgement.after_step(record)
+        if divergence and self._roll_back(divergence):
+            return None
+        return self._close_step(record, wishes, standing)
 
     def _step(self) -> tuple[StepRecord, Wishes, Standing]:
-        """One optimizer step: its record, what any rank was asked to do and how its saving stands, for all ranks."""
+        """One optimizer step: its record, what any rank was asked to do and how its saving stands, for all ranks.
+
+        Raises:
+            NotFiniteError: the loss or the gradients are no finite numbers.
+        """
         began = time.perf_counter()
         torch.manual_seed(self._step_seed())
-        own_loss_sum, own_tokens, waited = self._forward_backward()
+        own_loss_sum, own_tokens, waited = self.computation.forward_backward()
         flags = [*self.requests.look(), *self.saving.look()]
-        loss_sum, tokens, squares, *counts = self._reduce(own_loss_sum, own_tokens, flags)
+        loss_sum, tokens, squares, *counts = self.computation.reduce(own_loss_sum, own_tokens, flags)
         loss = loss_sum / max(tokens, 1.0)
-        if not math.isfinite(loss) or not math.isfinite(squares):
+        if wrong := [value for value in (loss, squares) if not math.isfinite(value)]:
             tell_not_finite(self.observers, self.state.global_step + 1, loss, squares)
-            raise TrainingDiverged(
-                f"The loss and the gradients must be finite numbers at step {self.state.global_step + 1}",
-                found=f"loss {loss}, squared gradient norm {squares}",
-                remedy="Lower training.learning_rate, or resume from an earlier checkpoint",
-            )
-        # the engine averaged over ranks what each divided by ``unit``: this factor makes it the mean over target tokens
-        scale = self.engine.averaged_over * self._unit / max(tokens, 1.0)
-        grad_norm = scale * math.sqrt(squares)
-        rate = self._update(scale, grad_norm)
+            what = f"loss {loss}, squared gradient norm {squares} at step {self.state.global_step + 1}"
+            raise NotFiniteError(not_finite(len(wrong), what))
+        grad_norm, rate = self.computation.update(tokens, squares)
         self._advance(loss)
         seconds = time.perf_counter() - began
-        step_tokens = self.global_batch_size * self.sample_length
         record = StepRecord(
-            step=self.state.global_step, loss=loss, grad_norm=grad_norm, learning_rate=rate,
-            tokens_seen=self.state.total_tokens_seen, tokens_per_second=step_tokens / seconds, step_seconds=seconds,
-            data_seconds=waited, samples_consumed=self.state.samples_consumed, memory_gb=self._memory_gb(),
+            step=self.state.global_step, loss=loss, grad_norm=grad_norm, learning_rate=rate, step_seconds=seconds,
+            tokens_seen=self.state.total_tokens_seen, tokens_per_second=self._tokens_per_step / seconds,
+            data_seconds=waited, samples_consumed=self.state.samples_consumed, memory_gb=memory_gb(self._device),
             attempt=self.attempt, restart=self.restart,
         )  # fmt: skip
         seen = [count > 0 for count in counts]
         return record, Wishes(*seen[: len(Wishes._fields)]), Standing(*seen[len(Wishes._fields) :])
 
-    def _forward_backward(self) -> tuple[Tensor, int, float]:
-        """(summed loss [], target tokens, seconds waited for data) of this rank's A micro-batches."""
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)
-        tokens, waited = 0, 0.0
-        for index in range(self.accumulation_steps):
-            asked = time.perf_counter()
-            batch = self._next_batch()
-            waited += time.perf_counter() - asked
-            tokens += int((batch["labels"] != -100).sum())  # on the host: no device synchronisation
-            self.engine.set_sync(index == self.accumulation_steps - 1)
-            loss = self._loss(batch, self._unit)
-            self.engine.backward(loss)
-            loss_sum += loss.detach().double() * self._unit
-        return loss_sum, tokens, waited
-
-    def _loss(self, batch: dict[str, Tensor], unit: float) -> Tensor:
-        inputs = {
-            key: batch[key].to(self._device, non_blocking=True) for key in ("input_ids", "attention_mask", "labels")
-        }
-        return self.engine.module(**inputs, use_cache=False, num_items_in_batch=unit).loss
-
-    def _next_batch(self) -> dict[str, Tensor]:
-        if self._batches is None:
-            self._batches = iter(self.train_dataloader)
-        return next(self._batches)
-
-    def _reduce(self, loss_sum: Tensor, tokens: int, flags: list[bool]) -> list[float]:
-        """The step's one collective: sums of loss, tokens, squared gradients and each flag over all ranks."""
-        norms = torch._foreach_norm(self.engine.local_gradients())
-        squares = torch.stack(norms).double().square().sum()
-        counts = torch.tensor([tokens, *flags], dtype=torch.float64, device=self._device)
-        values = torch.cat([torch.stack([loss_sum, counts[0], squares.to(self._device)]), counts[1:]])
-        if distributed.is_distributed():
-            dist.all_reduce(values)
-        return values.tolist()
-
-    def _update(self, scale: float, grad_norm: float) -> float:
-        """Scale to the token mean, clip, step; returns the learning rate used."""
-        clip = min(1.0, self.config.training.max_grad_norm / (grad_norm + 1e-6))
-        torch._foreach_mul_(self.engine.local_gradients(), scale * clip)
-        rate = self.schedule.apply(self.optimizer)
-        self.engine.update()
-        return rate
-
     def _advance(self, loss: float) -> None:
         state = self.state
         state.global_step += 1
-        state.samples_consumed += self.global_batch_size
-        state.total_tokens_seen += self.global_batch_size * self.sample_length
-        state.epoch = self.train_dataloader.batch_sampler.epoch_at(state.samples_consumed)  # type: ignore[union-attr]
+        state.total_tokens_seen += self._tokens_per_step
+        self._move_to(state.samples_consumed + self.global_batch_size)
         self.losses.add(loss)
 
-    def _decide(self, record: StepRecord, wishes: Wishes) -> tuple[str, str]:
-        """(cause, message) if training ends at this boundary, else empty strings; the same cause on all ranks.
+    def _move_to(self, samples_consumed: int, *, anew: bool = False) -> None:
+        """Go on in the sample stream after so many samples, or after what is skipped there."""
+        state, position = self.state, self.recovery.position(samples_consumed)
+        if anew or position != samples_consumed:
+            self.computation.go_to(position)
+        state.samples_consumed, state.epoch = position, self.computation.epoch_at(position)
 
-        What is complete is complete whatever is asked for: a continued run must end where an undisturbed one does.
-        """
-        self.early_stopping.judge(record.step, record.grad_norm, self.losses.last_mean(MOVING_WINDOW))
-        if message := self._completion():
-            return "complete", message
+    def _asked_to_leave(self, wishes: Wishes) -> End | None:
         if wishes.signalled:
-            return "signalled", f"stopped by {self.requests.signal_name or 'a signal to another rank'}"
-        return ("stop_requested", "stopped by the control file STOP") if wishes.stop else ("", "")
+            return End("signalled", f"stopped by {self.requests.signal_name or 'a signal to another rank'}")
+        return End("stop_requested", "stopped by the control file STOP") if wishes.stop else None
 
-    def _completion(self) -> str:
-        """Why training is complete; empty while it is not."""
-        if self.early_stopping.reason:
-            return f"stopped early: {self.early_stopping.reason}"
-        return f"all {self.total_steps} steps done" if self.state.global_step >= self.total_steps else ""
-
-    def _close_step(self, record: StepRecord, wishes: Wishes, standing: Standing, cause: str) -> None:
-        for observer in self.observers:
-            observer.on_step(record, self.losses.last_mean(MOVING_WINDOW))
+    def _close_step(self, record: StepRecord, wishes: Wishes, standing: Standing) -> End | None:
+        # complete goes before what is asked for: a continued run must end where an undisturbed one does
+        end = self.judgement.completion(record.step) or self._asked_to_leave(wishes)
+        if reason := self.judgement.early_stopping.reason:
+            self._tell("stopped_early", step=record.step, reason=reason)
         if not standing.writing:
             self.saving.land()
         hurried = wishes.signalled or wishes.stop  # a cluster kills soon after its signal: save before all else
-        if not hurried and self._evaluation_is_owed():
-            self._evaluate_and_tell()
-        if cause or wishes.save or standing.due or self.saving.is_scheduled(record.step):
-            self.save(goes_on=not cause)
-        if cause == "complete":
-            self._make_up_evaluation()
+        if not hurried:
+            if self._evaluation_is_owed():
+                self._evaluate_and_tell()
+            end = self._judge_gates() or end
+            if self.state.global_step != record.step:
+                return None  # rolled back
+        if end or wishes.save or standing.due or self.saving.is_scheduled(record.step):
+            if not self.computation.is_finite():
+                report = not_finite(1, f"weights or optimizer state, after step {record.step}")
+                return self._close_gate(self.judgement.not_finite(report, self.state, applied=True))
+            self.save(goes_on=not end)
+        return self._make_up() or end if end and end.cause == "complete" else end
+
+    # ---- gates and roll-back
+
+    def _judge_gates(self) -> End | None:
+        """How training ends if a gate that is owed at this step is not passed, and nothing rolls that back."""
+        closed = self.judgement.gates(self.state, checkpoint=self.saving.is_scheduled(self.state.global_step))
+        return self._close_gate(closed) if closed else None
+
+    def _close_gate(self, closed: Closed) -> End | None:
+        if closed.divergence and self._roll_back(closed.divergence):
+            return None
+        self.saving.land()
+        self._tell("gate_not_passed", step=self.state.global_step, **closed.facts())
+        return closed.end()
+
+    def _roll_back(self, divergence: Divergence) -> bool:
+        """Go back to the last good checkpoint, by the path of a run that was killed now; False: no leave, or none."""
+        if not self.recovery.possible:
+            return False
+        self.saving.land()
+        decision = self.recovery.decide(divergence)
+        if decision is None:
+            return False
+        self._tell("rolled_back", **decision.facts)
+        self.engine.drop_gradients()
+        if self.resume() is None:
+            raise CheckpointError(
+                "A run that is rolled back needs a checkpoint that verifies",
+                found=f"none up to step {decision.to_step}",
+                remedy="Give the same command again: it starts over and skips the same data",
+            )
+        return True
+
+    def _tell(self, kind: str, **facts: Any) -> None:
+        for observer in self.observers:
+            observer.on_event(kind, facts)
 
     # ---- evaluation and checkpoints
 
     def evaluate(self) -> dict[str, float]:
         """Mean loss per target token over the evaluation batches of all ranks, nats, and its perplexity."""
         assert self.eval_dataloader is not None, "a trainer without eval_dataloader cannot evaluate"
-        totals = torch.zeros(2, dtype=torch.float64, device=self._device)
-        self.engine.module.eval()
-        with torch.no_grad():
-            for batch in self.eval_dataloader:
-                tokens = int((batch["labels"] != -100).sum())
-                totals[0] += self._loss(batch, 1.0).double()  # a filler batch has no targets and adds 0
-                totals[1] += tokens
-        self.engine.module.train()
-        if distributed.is_distributed():
-            dist.all_reduce(totals)
-        loss = (totals[0] / totals[1].clamp(min=1)).item()
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+        return self.computation.evaluate(self.eval_dataloader)
 
     def _evaluate_and_tell(self) -> None:
         state, metrics = self.state, self.evaluate()
@@ -280,11 +275,16 @@ class Qwen3EncoderDecoderTrainer:
         due = self.saving.is_scheduled(step) or step % self.config.training.eval_steps == 0
         return self.eval_dataloader is not None and step > 0 and due and not self.state.metrics
 
-    def _make_up_evaluation(self) -> None:
-        """Make the evaluation that the saved step still lacks, and commit its checkpoint again."""
-        if self._evaluation_is_owed():
+    def _make_up(self) -> End | None:
+        """Evaluate and judge what the saved step still lacks, and commit its checkpoint again."""
+        step, evaluate = self.state.global_step, self._evaluation_is_owed()
+        if evaluate:
             self._evaluate_and_tell()
+        passed = self.judgement.gatekeeper.last_passed
+        end = self._judge_gates()
+        if self.state.global_step == step and (evaluate or self.judgement.gatekeeper.last_passed != passed):
             self.save()
+        return end
 
     def save(self, *, goes_on: bool = False) -> None:
         """Commit a checkpoint of the present step; where training ``goes_on``, as ``training.async_save`` says.
@@ -293,7 +293,7 @@ class Qwen3EncoderDecoderTrainer:
             OSError: it could not be written, and ``training.on_save_failure`` does not let training go on without.
         """
         step, state = self.state.global_step, self._extra_state()
-        scheduled = self.saving.is_scheduled(step) or bool(self._completion())
+        scheduled = self.saving.is_scheduled(step) or bool(self.judgement.completion(step))
         # one that was only asked for has no metrics: it must not become the best, which an undisturbed run lacks
         metrics = self.state.metrics if scheduled else {}
         self.saving.save(*self._parts, step, metrics, state, scheduled=scheduled, goes_on=goes_on)
@@ -307,7 +307,8 @@ class Qwen3EncoderDecoderTrainer:
         self._restore(self.checkpoints.load(path, *self._parts), path)
 
     def resume(self) -> int | None:
-        """Continue from the newest valid checkpoint, if there is one; returns its step."""
+        """Continue from the newest valid checkpoint that no roll-back has withdrawn, if there is one; its step."""
+        self.recovery.read()
         loaded = self.checkpoints.load_latest(*self._parts)
         if loaded is None:
             return None
@@ -317,11 +318,14 @@ class Qwen3EncoderDecoderTrainer:
     def start_from(self, resume_from: Path | None) -> None:
         """Continue from ``resume_from``, or else from the newest valid checkpoint; tell what was found."""
         if resume_from is not None:
+            self.recovery.read()
             self.load_checkpoint(resume_from.absolute())
             log.info("continuing from %s at step %d", resume_from, self.state.global_step)
             return
         distributed.on_rank_zero(self.checkpoints.discard_unfinished)
         step = self.resume()
+        for decision in self.recovery.taken_up:  # the attempt that decided it has ended before its next checkpoint
+            self._tell("roll_back_taken_up", **decision.facts)
         for reason in self.checkpoints.rejected:
             log.warning("passed over and %s", reason)
         log.info("starting from the initial weights" if step is None else f"continuing from step {step}")
@@ -330,19 +334,13 @@ class Qwen3EncoderDecoderTrainer:
         require_own_state(self.optimizer)
         with reading(folder / TRAINER_STATE, "all that training continues from"):
             self.state = TrainingState.from_state_dict(state)
-            self.losses.load_state_dict(state["losses"])
-            self.early_stopping.load_state_dict(state["early_stopping"])
-        self.train_dataloader.batch_sampler.set_position(self.state.samples_consumed)  # type: ignore[union-attr]
-        self._batches = None
+            self.judgement.load_state_dict(state)
+        self.schedule.factor = self.recovery.lr_factor
+        self._move_to(self.state.samples_consumed, anew=True)
         self.saving.last = folder.name
 
     def _extra_state(self) -> dict[str, Any]:
-        return {
-            **self.state.state_dict(),
-            "seed": self.config.training.seed,
-            "losses": self.losses.state_dict(),
-            "early_stopping": self.early_stopping.state_dict(),
-        }
+        return {**self.state.state_dict(), "seed": self.config.training.seed, **self.judgement.state_dict()}
 
     # ---- small facts
 
@@ -354,8 +352,3 @@ class Qwen3EncoderDecoderTrainer:
     def _step_seed(self) -> int:
         """Generators of this step and rank: nothing random needs saving."""
         return hash((self.config.training.seed, self.state.global_step, distributed.rank())) & (2**63 - 1)
-
-    def _memory_gb(self) -> float:
-        if self._device.type == "cuda":
-            return torch.cuda.memory_allocated(self._device) / 1e9
-        return self._process.memory_info().rss / 1e9

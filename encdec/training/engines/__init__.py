@@ -43,6 +43,15 @@ class Engine(Protocol):
     def update(self) -> None:
         """Apply the optimizer to the gradients as they stand now, and drop them."""
 
+    def end_evaluation(self) -> None:
+        """After forward passes without a backward pass: give up the whole parameters that those may have left."""
+
+    def drop_gradients(self) -> None:
+        """Forget the gradients of a step that is not to be applied."""
+
+    def local_state(self) -> list[Tensor]:
+        """This rank's parts of the master weights and of the optimizer's state."""
+
     def prove_sharding(self, world_size: int) -> str:
         """Look at every parameter; one line that says what was found.
 

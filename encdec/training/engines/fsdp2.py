@@ -67,7 +67,20 @@ class TorchEngine:
 
     def update(self) -> None:
         self.optimizer.step()
+        self.drop_gradients()
+
+    def end_evaluation(self) -> None:
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # SHARD_GRAD_OP leaves that to a backward pass; a checkpoint needs the shards
+
+    def drop_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
+
+    def local_state(self) -> list[Tensor]:
+        states = [value for state in self.optimizer.state.values() for value in state.values()]
+        tensors = [*self.module.parameters(), *filter(torch.is_tensor, states)]
+        return [t.to_local().detach() if isinstance(t, DTensor) else t.detach() for t in tensors]
 
     def prove_sharding(self, world_size: int) -> str:
         local = total = 0

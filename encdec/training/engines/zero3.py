@@ -73,6 +73,20 @@ class ZeroEngine:
     def update(self) -> None:
         self.module.step()
 
+    def end_evaluation(self) -> None:
+        """DeepSpeed gives whole parameters up after each forward pass."""
+
+    def drop_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)  # its next backward pass overwrites instead of adding
+        if self.optimizer.offload_optimizer:
+            self.optimizer.reset_cpu_buffers()
+        else:
+            self.optimizer.averaged_gradients = {}
+
+    def local_state(self) -> list[Tensor]:
+        states = [value for state in self.optimizer.optimizer.state.values() for value in state.values()]
+        return [flat.data for flat in [*self.optimizer.fp32_partitioned_groups_flat, *filter(torch.is_tensor, states)]]
+
     def prove_sharding(self, world_size: int) -> str:
         stage, partitions = self.module.zero_optimization_stage(), self.optimizer.partition_count
         if stage != 3 or partitions != world_size:

@@ -53,6 +53,7 @@ class Memory:
     def __init__(self) -> None:
         self.steps: list[int] = []
         self.told: list[tuple[str, int]] = []
+        self.events: list[tuple[str, dict[str, Any]]] = []
         self.evaluations: dict[int, dict[str, float]] = {}
 
     def on_step(self, record, moving_loss):
@@ -70,6 +71,9 @@ class Memory:
 
     def on_alert(self, alert):
         self.told.append((alert["type"], alert["step"]))
+
+    def on_event(self, kind, facts):
+        self.events.append((kind, facts))
 
     def close(self): ...
 

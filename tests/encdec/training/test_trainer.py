@@ -16,7 +16,6 @@ from encdec.data.corpus import open_corpus
 from encdec.data.packing import ensure_packed, open_packed
 from encdec.data.sampler import GlobalBatchSampler
 from encdec.data.ul2_dataset import EvaluationBatches, UL2Dataset, build_dataloader
-from encdec.errors import TrainingDiverged
 from encdec.records import StepRecord, read_json_lines
 from encdec.sanity_check import check_model
 from encdec.sanity_check import main as sanity_main
@@ -134,6 +133,9 @@ class Listener:
     def on_alert(self, alert):
         self.alerts.append(alert)
 
+    def on_event(self, kind, facts):
+        pytest.fail(f"{kind} {facts}")
+
     def close(self):
         self.records.clear()
 
@@ -182,8 +184,10 @@ def test_loss_that_is_no_number_stops_the_run(kit: Kit):
     kit.trainer.observers.append(listener)
     with torch.no_grad():
         kit.model.shared.weight.fill_(float("nan"))
-    with pytest.raises(TrainingDiverged, match="finite numbers at step 1"):
-        kit.trainer.train()
+    result = kit.trainer.train()
+    assert (result.cause, result.step, result.checkpoint) == ("gate", 0, None)
+    assert result.message == "gate not passed: no_nan: nan_count 2, must be <= 0"
+    assert [item.measured for item in result.gates.failures] == ["loss nan, squared gradient norm nan at step 1"]
     assert not kit.trainer.checkpoints.list_checkpoints()
     assert [(alert["type"], alert["step"]) for alert in listener.alerts] == [("nan", 1)]
 

@@ -242,7 +242,7 @@ def look_at_bfloat16(scene: Scene) -> None:
     half = torch.arange(0, 16, 2) / 16
     assert torch.equal(frequencies, 1.0 / (model.config.rope_parameters["rope_theta"] ** half))
     assert {flat.dtype for flat in trainer.optimizer.fp32_partitioned_groups_flat} == {torch.float32}
-    trainer._forward_backward()
+    trainer.computation.forward_backward()
     assert {gradient.dtype for gradient in trainer.engine.local_gradients()} == {torch.float32}
     assert math.isfinite(trainer.train().last_loss)
 
