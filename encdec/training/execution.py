@@ -84,48 +84,22 @@ def previous_phases(phase: TrainingPhase) -> list[TrainingPhase]:
 
 
 def _row(
-    phase: TrainingPhase,
-    tokens: int,
-    text: str,
-    steps: tuple[int, int, int, int],
-    bounds: tuple[float, float],
+    phase: TrainingPhase, tokens: int, text: str, steps: tuple[int, int, int, int], bounds: tuple[float, float],
     *gates: GateLevel,
-):
-    return PhaseConfig(phase, tokens, text, *steps, *bounds, gates)
+) -> PhaseConfig:  # fmt: skip
+    return PhaseConfig(phase, tokens, text, *steps, *bounds, gates or PhaseConfig.gates)
 
 
-QUICK, STANDARD = GateLevel.QUICK, GateLevel.STANDARD
-# phase -> tokens, (steps, eval, save, log), (max loss after warm-up, min decrease), gates while it trains
+# phase -> tokens, (steps, eval, save, log), (max loss after warm-up, min decrease), gates where not QUICK and STANDARD
 PHASE_CONFIGS: dict[TrainingPhase, PhaseConfig] = {
     row.phase: row
     for row in (
-        _row(TrainingPhase.SANITY_CHECK, 10**7, "Does it run and learn at all", (100, 50, 100, 1), (15.0, 0.1), QUICK),
         _row(
-            TrainingPhase.VALIDATION,
-            10**9,
-            "Does the loss fall as it should",
-            (5_000, 500, 1_000, 10),
-            (8.0, 0.5),
-            QUICK,
-            STANDARD,
+            TrainingPhase.SANITY_CHECK, 10**7, "Does it run and learn at all", (100, 50, 100, 1), (15.0, 0.1),
+            GateLevel.QUICK,
         ),
-        _row(
-            TrainingPhase.MEDIUM,
-            10**11,
-            "A model worth evaluating",
-            (50_000, 1_000, 5_000, 10),
-            (5.0, 1.0),
-            QUICK,
-            STANDARD,
-        ),
-        _row(
-            TrainingPhase.FULL,
-            5 * 10**11,
-            "The model to publish",
-            (100_000, 500, 10_000, 10),
-            (4.0, 1.5),
-            QUICK,
-            STANDARD,
-        ),
+        _row(TrainingPhase.VALIDATION, 10**9, "Does the loss fall as it should", (5_000, 500, 1_000, 10), (8.0, 0.5)),
+        _row(TrainingPhase.MEDIUM, 10**11, "A model worth evaluating", (50_000, 1_000, 5_000, 10), (5.0, 1.0)),
+        _row(TrainingPhase.FULL, 5 * 10**11, "The model to publish", (100_000, 500, 10_000, 10), (4.0, 1.5)),
     )
-}
+}  # fmt: skip
