@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from encdec.files import RunPaths
-from encdec.gates import Measurement
-from encdec.records import read_steps
+from encdec.gates import Evidence, Measurement
+from encdec.records import read_json_lines, read_steps
 from encdec.training.state import LossHistory
 
 QUICK_STEPS = 100
@@ -25,13 +25,15 @@ class RunFacts:
     steps: Mapping[int, Mapping[str, Any]]
     total_steps: int
     """Step at which the run is complete."""
+    closed: tuple[Evidence, ...] = ()
+    """The gates that ended training in its midst, as the newest attempt's ledger has them."""
 
     @classmethod
     def read(cls, paths: RunPaths, total_steps: int) -> RunFacts:
         """From the records of all attempts."""
         numbers = paths.attempt_numbers()
         steps = {record["step"]: record for n in numbers for record in read_steps(paths.attempt(n).steps)}
-        return cls(dict(sorted(steps.items())), total_steps)
+        return cls(dict(sorted(steps.items())), total_steps, closed_in(paths))
 
     @property
     def last_step(self) -> int:
@@ -81,6 +83,14 @@ class RunFacts:
         for step, record in self.steps.items():
             if step % QUICK_STEPS == 0 or step == self.last_step:
                 yield step, quick_measurements(step, record["loss"], record["grad_norm"])
+
+
+def closed_in(paths: RunPaths) -> tuple[Evidence, ...]:
+    """Of the newest attempt; empty where no gate ended its training."""
+    number = paths.newest_attempt()
+    ledger = [] if number is None else list(read_json_lines(paths.attempt(number).events("rank-0")))
+    said = [record for record in ledger if record.get("event") == "gate_not_passed"]
+    return tuple(Evidence(**item) for item in said[-1]["evidence"]) if said else ()
 
 
 def quick_measurements(step: int, loss: float, grad_norm: float) -> dict[str, Measurement]:

@@ -18,7 +18,7 @@ from encdec.pipeline.scales import ModelScale, in_short
 from encdec.records import JsonLinesWriter
 
 EXIT_CODES = {
-    "complete": ExitCode.COMPLETE, "gate": ExitCode.GATE_NOT_PASSED, "diverged": ExitCode.GATE_NOT_PASSED,
+    "complete": ExitCode.COMPLETE, "gate": ExitCode.GATE_NOT_PASSED,
     "signalled": ExitCode.CONTINUE_ME, "stop_requested": ExitCode.CONTINUE_ME, "refused": ExitCode.CONFIG_WRONG,
 }  # fmt: skip
 """By cause; of any other: CRASHED."""
@@ -33,7 +33,7 @@ class ScaleResult:
     success: bool
     """Trained to its end, and (where validation is strict) every required gate passed."""
     cause: str
-    """complete | gate | diverged | signalled | stop_requested | refused | crash"""
+    """complete | gate | signalled | stop_requested | refused | crash"""
     reason: str
     """One line for a person: what ended it, the failed gates by name among it."""
     final_loss: float

@@ -11,7 +11,7 @@ import torch
 
 from encdec.errors import ConfigError, GateNotPassed
 from encdec.files import RunPaths, atomic_write_json
-from encdec.gates import LOSS_DECREASING, GateLevel, Measurement, ValidationGate, judge
+from encdec.gates import LOSS_DECREASING, GateLevel, GateReport, Measurement, ValidationGate, judge
 from encdec.pipeline.config import GateConfig, Launch, PipelineConfig, PipelineTrainingConfig
 from encdec.pipeline.evaluators import Batches, Evaluation, Evaluator, measure
 from encdec.pipeline.facts import RunFacts
@@ -162,7 +162,7 @@ class PipelineRunner:
                 vocabulary = len(self.validator.tokenizer)
         verdicts = self.validator.results[before:]
         failed = [item for verdict in verdicts for item in verdict.report.failures]
-        cause = "gate" if failed and self.config.strict_validation and ending.cause != "diverged" else ending.cause
+        cause = "gate" if failed and self.config.strict_validation else ending.cause
         return ScaleResult(
             experiment=training.experiment_name, scale=scale, success=cause == "complete", cause=cause,
             reason="; ".join([ending.message, *(f"gate not passed: {item.line()}" for item in failed)]),
@@ -174,13 +174,14 @@ class PipelineRunner:
 
     def _passes_quick(self, facts: RunFacts, ending: Ending) -> bool:
         """QUICK at each of its steps; the verdict kept is that of the first that fails, or of the last."""
+        if facts.closed and ending.cause == "gate":
+            self.validator.keep(GateLevel.QUICK, GateReport(facts.closed), facts.last_step)
+            return False
         looks = list(facts.quick_looks())
         gates = self.validator.gates(GateLevel.QUICK)
         bad = [look for look in looks if not judge(gates, look[1]).passed]
         step, measured = (bad or looks or [(0, {})])[0 if bad else -1]
-        if ending.cause == "diverged":
-            step, measured = facts.last_step, measured | {"nan_count": Measurement(1, ending.message)}
-        elif not looks:
+        if not looks:
             return True  # it ended before its first step: its ending says why
         return self._verdict(GateLevel.QUICK, None, measured, None, step)
 

@@ -19,7 +19,7 @@ from transformers.initialization import no_init_weights
 from encdec.checkpoints import folders
 from encdec.checkpoints.manifest import verify
 from encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
-from encdec.errors import CheckpointError, ConfigError, ExitCode, TrainingDiverged
+from encdec.errors import CheckpointError, ConfigError, ExitCode
 from encdec.files import RunPaths
 from encdec.gates import ValidationGate, judge
 from encdec.modeling_qwen3_encdec import Qwen3ForSeq2SeqLM
@@ -51,7 +51,7 @@ class Ending:
     """How training ended."""
 
     cause: str
-    """complete | gate | diverged | signalled | stop_requested | refused | crash"""
+    """complete | gate | signalled | stop_requested | refused | crash"""
     message: str
 
 
@@ -90,8 +90,6 @@ def train_here(config_file: Path, paths: RunPaths, make_model: ModelMaker, watch
     try:
         with _kept_signal_handlers():
             outcome = run_rank(run, paths, make_model=make_model, watchers=watchers)
-    except TrainingDiverged as error:
-        return Ending("diverged", str(error))
     finally:
         if dist.is_initialized():  # a rank that fails early leaves it to the end of its process; this one goes on
             dist.destroy_process_group()

@@ -165,7 +165,7 @@ class PipelineValidator:
             metrics = [gate.metric_name for gate in gates]
             found = measure(metrics, evaluation, known=measured, evaluators=self.evaluators)
         report = _with_reasons(judge(gates, found.values), found.missing)
-        self.results.append(Verdict(level, step, report, self.model_name))
+        self.keep(level, report, step)
         if self.strict and not report.passed:
             raise GateNotPassed(
                 f"Every required gate of level {level} must pass",
@@ -173,6 +173,10 @@ class PipelineValidator:
                 remedy=_remedy(report),
             )
         return report
+
+    def keep(self, level: GateLevel, report: GateReport, step: int | None) -> None:
+        """Add a verdict to ``results``, also one that was reached elsewhere."""
+        self.results.append(Verdict(level, step, report, self.model_name))
 
     def print_summary(self, console: Console | None = None) -> None:
         """Show all verdicts so far; without a terminal every gate has its line, however long."""

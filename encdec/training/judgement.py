@@ -42,7 +42,11 @@ class Closed(NamedTuple):
         """For the ledger."""
         failed = self.report.failures
         said = "; ".join(f"{item.line()} ({item.measured})" for item in failed)
-        return {"gates": [item.gate for item in failed], "message": said}
+        return {
+            "gates": [item.gate for item in failed],
+            "message": said,
+            "evidence": [item.to_json() for item in failed],
+        }
 
 
 class Judgement:

@@ -249,8 +249,9 @@ class WeightsAndBiases(Observer):
 
 
 def in_words(kind: str, facts: Mapping[str, Any]) -> str:
-    """An entry of the ledger as one line."""
-    return f"{kind.replace('_', ' ')}: " + ", ".join(f"{name} {value}" for name, value in facts.items())
+    """An entry of the ledger as one line; lists of records are for programs."""
+    told = (f"{name} {value}" for name, value in facts.items() if name != "evidence")
+    return f"{kind.replace('_', ' ')}: " + ", ".join(told)
 
 
 def scalars(record: StepRecord, moving_loss: float) -> dict[str, float]:

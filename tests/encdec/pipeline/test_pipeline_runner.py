@@ -199,7 +199,7 @@ def test_quick_watch(step: int, loss: float, norm: float, stops: bool, tmp_path:
 def test_a_diverged_run_names_its_gate(packed: Path, tmp_path: Path):
     settings = create_quick_test_config().settings | {"training.max_grad_norm": 1e30, "training.warmup_steps": 0}
     result = PipelineRunner(config_in(tmp_path, packed, learning_rate=1e30, settings=settings)).run()
-    assert (result.success, result.cause, result.exit_code) == (False, "diverged", 3)
+    assert (result.success, result.cause, result.exit_code) == (False, "gate", 3)
     assert "no_nan" in result.failures
     json.loads(json.dumps(result.to_json()), parse_constant=refuse_constant)
 
