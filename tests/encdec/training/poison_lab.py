@@ -22,6 +22,7 @@ from encdec.gates import GateLevel, ValidationGate
 from encdec.tokenization_qwen3_encdec import Qwen3EncoderDecoderTokenizer
 from encdec.training.build import build_model
 from encdec.training.engines import start_engine
+from encdec.training.observers import Observer
 from encdec.training.run_config import resolve_run
 from encdec.training.signals import Requests, Wishes
 from encdec.training.state import TrainResult
@@ -82,7 +83,7 @@ class Asked(Requests):
         return self.wish
 
 
-class Story:
+class Story(Observer):
     """Keeps what the trainers of one run tell."""
 
     def __init__(self) -> None:
@@ -99,11 +100,6 @@ class Story:
 
     def of(self, kind: str) -> list[dict[str, Any]]:
         return [facts for event, facts in self.events if event == kind]
-
-    def on_evaluation(self, step: int, metrics: Any) -> None: ...
-    def on_save(self, saved: Any) -> None: ...
-    def on_save_failed(self, step: int, reason: str, last: str | None) -> None: ...
-    def close(self) -> None: ...
 
 
 @dataclass
