@@ -51,6 +51,8 @@ class Plan:
     """Checkpoints of ``save_steps`` that the phase writes, the last one included."""
     max_loss_after_warmup: float
     min_loss_decrease: float
+    gates: list[str]
+    """Judged while the phase trains: levels, then the names of one's own."""
     text: str
     weights: str
     identity: str
@@ -115,6 +117,7 @@ def make_plan(run: RunConfig, *, run_dir: str, cluster: str, why_cluster: str) -
         checkpoints=-(-run.num_train_steps // training.save_steps),
         max_loss_after_warmup=phase.max_loss_after_warmup,
         min_loss_decrease=phase.min_loss_decrease,
+        gates=[*map(str, phase.gates), *(gate.name for gate in phase.custom_gates)],
         text=run.config.data.dataset_name,
         weights=weights_of(run),
         identity=run.identity,

@@ -71,7 +71,7 @@ def plan(plan: Plan, *, continues: bool) -> None:
                 f"{', more when the clock asks for them' if plan.saves_between else ''}; "
                 f"evaluation every {plan.eval_steps:,}",
                 "passes if": f"the loss falls by at least {plan.min_loss_decrease:g} and ends at or below "
-                f"{plan.max_loss_after_warmup:g}",
+                f"{plan.max_loss_after_warmup:g}; gates while it trains: {', '.join(plan.gates) or 'none'}",
                 "text": plan.text,
                 "weights": plan.weights,
                 "directory": plan.run_dir,
