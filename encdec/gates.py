@@ -116,6 +116,11 @@ LOOP_METRICS = (
     "loss", "loss_decrease", "grad_norm", "perplexity", "eval_loss", "nan_count", "tokens_per_second",
 )  # fmt: skip
 """What the training loop itself measures."""
+END_METRICS = (
+    "accuracy", "denoising_exact_match", "latency_p50", "latency_p99", "arithmetic_accuracy", "tool_accuracy",
+    "safety_accuracy", "gsm8k_accuracy",
+)  # fmt: skip
+"""What an evaluator measures on the plain model, at the end of a phase."""
 
 
 def _gate(name: str, metric: str, comparison: Comparison, threshold: float, text: str) -> ValidationGate:

@@ -14,14 +14,15 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from encdec.command_line import INTERRUPTED, Parser
 from encdec.errors import EncdecError, ExitCode, RunDirectoryError
 from encdec.files import RunPaths
-from encdec.training import lifeline
+from encdec.gates import GateReport
+from encdec.training import lifeline, rank
 from encdec.training.execution import TrainingPhase
-from encdec.training.rank import run_rank, run_rank_of_attempt, start_log
+from encdec.training.rank import run_rank, start_log
 from encdec.training.run_config import RunConfig, make_run_directory, require_same_run, resolve_run
 from encdec.training.sharding import require_ranks
 
@@ -78,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
         if int(os.environ.get("RANK", 0)) == 0:
             open_directory(arguments, paths, run)
         start_log()
-        outcome = run_rank(run, paths, resume_from=arguments.resume_from)
+        outcome = run_rank(run, paths, resume_from=arguments.resume_from, judge_end=judge_end)
     except EncdecError as error:
         end(f"error: {error}", error.exit_code)
     except KeyboardInterrupt:
@@ -97,6 +98,18 @@ def run_claimed(arguments: argparse.Namespace) -> NoReturn:
         lifeline.listen_to_agent(arguments.agent)
     run_rank_of_attempt(str(arguments.run_dir), arguments.attempt)
     leave(ExitCode.COMPLETE)
+
+
+def run_rank_of_attempt(run_dir: str, attempt: int) -> None:
+    """One rank of an attempt that the launcher has claimed, with all that a phase can be judged by at its end."""
+    rank.run_rank_of_attempt(run_dir, attempt, judge_end)
+
+
+def judge_end(*what: Any) -> GateReport:
+    """As ``encdec.pipeline.phase_end.judge_end``, which few phases ask for and which takes its time to load."""
+    from encdec.pipeline import phase_end
+
+    return phase_end.judge_end(*what)
 
 
 def resolve(arguments: argparse.Namespace) -> RunConfig:

@@ -25,7 +25,7 @@ from encdec.command_line import Help, Parser, exit_code_of
 from encdec.errors import ExitCode
 from encdec.files import RunPaths, atomic_write_json
 from encdec.records import read_steps
-from encdec.train import EXIT_CODES, leave
+from encdec.train import EXIT_CODES, judge_end, leave
 from encdec.training.execution import PHASE_CONFIGS, TrainingPhase
 from encdec.training.monitor import TrainingMonitor
 from encdec.training.promotion import GateFile, read_gate
@@ -72,7 +72,7 @@ def validate(arguments: argparse.Namespace) -> int:
             require_same_run(paths, run)
         make_run_directory(paths, run)
     start_log()
-    outcome = run_rank(run, paths)
+    outcome = run_rank(run, paths, judge_end=judge_end)
     if not first:
         return EXIT_CODES.get(outcome["cause"], ExitCode.CONTINUE_ME)
     gate = read_gate(paths, TrainingPhase.VALIDATION)

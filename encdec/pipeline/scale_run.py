@@ -174,7 +174,7 @@ def load_trained(paths: RunPaths, config: FullConfig, tokenizer: Any, factory_ma
             faults.append(str(error))
             log.warning("passed over: %s", error)
             continue
-        model = factory_made(config, tokenizer) if factory_made else _empty_model(paths, config)
+        model = factory_made(config, tokenizer) if factory_made else empty_model(paths, config)
         fill_from_checkpoint(model, folder)
         return TrainedModel(model, folder.name, step)
     raise CheckpointError(
@@ -184,7 +184,8 @@ def load_trained(paths: RunPaths, config: FullConfig, tokenizer: Any, factory_ma
     )
 
 
-def _empty_model(paths: RunPaths, config: FullConfig) -> Qwen3ForSeq2SeqLM:
+def empty_model(paths: RunPaths, config: FullConfig) -> Qwen3ForSeq2SeqLM:
+    """The model that a run directory describes, its parameters without values."""
     with no_init_weights():
         model = Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderConfig.from_pretrained(paths.model))
     model.set_attn_implementation("sdpa" if config.model.use_flash_attention else "eager")

@@ -164,7 +164,7 @@ class PipelineValidator:
             )
             metrics = [gate.metric_name for gate in gates]
             found = measure(metrics, evaluation, known=measured, evaluators=self.evaluators)
-        report = _with_reasons(judge(gates, found.values), found.missing)
+        report = with_reasons(judge(gates, found.values), found.missing)
         self.keep(level, report, step)
         if self.strict and not report.passed:
             raise GateNotPassed(
@@ -186,7 +186,7 @@ class PipelineValidator:
         console.print(verdict_table(self.results))
 
 
-def _with_reasons(report: GateReport, missing: Mapping[str, str]) -> GateReport:
+def with_reasons(report: GateReport, missing: Mapping[str, str]) -> GateReport:
     """The evidence of what nobody measured says why."""
     return GateReport(
         tuple(

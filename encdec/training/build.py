@@ -204,7 +204,7 @@ def build_trainer(
         total_steps=run.num_train_steps,
         warmup_steps=run.warmup_steps,
         gates=run.phase.gates if run.phase else (GateLevel.QUICK,),
-        custom_gates=run.phase.custom_gates if run.phase else (),
+        custom_gates=run.phase.gates_in_loop if run.phase else (),
         requests=requests,
         observers=observers(run, paths, attempt) if rank == 0 else (),
         attempt=attempt,
@@ -254,8 +254,14 @@ def checkpoint_manager(run: RunConfig, paths: RunPaths, attempt: int, payload: s
     return DriveCheckpointManager(folder, paths.checkpoints, training.save_total_limit, report=report, **options)
 
 
-def evaluation_batches(config: FullConfig, packed: Path, collator: UL2DataCollator) -> EvaluationBatches | None:
-    """The same held-out batches at every evaluation, as many on each rank; None where evaluation is switched off."""
+def evaluation_batches(
+    config: FullConfig, packed: Path, collator: UL2DataCollator, *, alone: bool = False
+) -> EvaluationBatches | None:
+    """The same held-out batches at every evaluation, as many on each rank; None where evaluation is switched off.
+
+    Args:
+        alone: all of them for this rank, whatever the others do.
+    """
     if not config.training.eval_samples or not config.data.validation_fraction:
         return None
     held_out = open_packed(packed, "validation")
@@ -267,8 +273,8 @@ def evaluation_batches(config: FullConfig, packed: Path, collator: UL2DataCollat
         collator,
         max_samples=config.training.eval_samples,
         batch_size=config.training.per_device_eval_batch_size,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
+        rank=0 if alone else distributed.rank(),
+        world_size=1 if alone else distributed.world_size(),
     )
 
 

@@ -106,6 +106,9 @@ class DataConfig(Section):
     """Read at most this many documents."""
     validation_fraction: Fraction = 0.01
     """Part of the documents held out for evaluation."""
+    eval_benchmarks: dict[str, str] = {}
+    """Metric -> JSON-lines file of questions and answers, for gates at the end of a phase: tool_accuracy,
+    arithmetic_accuracy, safety_accuracy, gsm8k_accuracy."""
     packed_dir: str = "data"
     """Folder of packed shards, shared by all runs with the same corpus, tokenizer and lengths."""
     tokenize_on_fly: bool = False
@@ -175,6 +178,8 @@ class TrainingConfig(Section):
     """Steps between evaluations."""
     eval_samples: NonNegativeInt = 1000
     """Held-out samples of one evaluation, over all ranks; 0: no evaluation."""
+    eval_generations: PositiveInt = 64
+    """Held-out samples for which something is generated, where a gate at the end of a phase asks for it."""
     logging_steps: PositiveInt = 10
     """Steps between lines of the text log. Step records are written at every step."""
     report_to: list[Literal["wandb", "tensorboard"]] = ["wandb", "tensorboard"]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict
 
 from encdec.estimates import estimate_steps_for_tokens, estimate_training_time
-from encdec.gates import GateLevel, ValidationGate
+from encdec.gates import END_METRICS, GATES, LOOP_METRICS, GateLevel, ValidationGate, with_custom
 
 __all__ = [
     "PHASE_CONFIGS",
@@ -20,6 +20,9 @@ __all__ = [
     "estimate_training_time",
     "previous_phases",
 ]
+
+
+AT_END = (GateLevel.FULL, GateLevel.PRODUCTION)
 
 
 class TrainingPhase(StrEnum):
@@ -51,9 +54,21 @@ class PhaseConfig:
     max_loss_after_warmup: float = 10.0
     min_loss_decrease: float = 0.1
     gates: tuple[GateLevel, ...] = (GateLevel.QUICK, GateLevel.STANDARD)
-    """Judged while training."""
+    """QUICK and STANDARD are judged while training, FULL and PRODUCTION at the end."""
     custom_gates: tuple[ValidationGate, ...] = ()
     """Beside those, or in the place of those of the same name."""
+
+    @property
+    def gates_in_loop(self) -> tuple[ValidationGate, ...]:
+        """Those of one's own that the training loop measures."""
+        return tuple(gate for gate in self.custom_gates if gate.metric_name in LOOP_METRICS)
+
+    @property
+    def gates_at_end(self) -> tuple[ValidationGate, ...]:
+        """Those that are judged on the plain model at the end of the phase; of two with one name the later."""
+        levels = [gate for level in self.gates if level in AT_END for gate in GATES[level]]
+        own = [gate for gate in self.custom_gates if gate.metric_name in END_METRICS]
+        return with_custom((), [*levels, *own])
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain nested values, as ``run.yaml`` has them."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -26,6 +28,8 @@ from encdec.training.state import TrainResult
 from encdec.training.trainer import Qwen3EncoderDecoderTrainer
 
 log = logging.getLogger("encdec.train")
+EndJudge = Callable[[Path], GateReport]
+"""A verified checkpoint's folder -> the verdicts of the gates at the end of a phase."""
 
 
 def check_sanity(model: nn.Module, tokenizer: Any, paths: RunPaths) -> None:
@@ -55,15 +59,27 @@ def check_sanity(model: nn.Module, tokenizer: Any, paths: RunPaths) -> None:
     distributed.on_rank_zero(check)
 
 
-def finish(run: RunConfig, paths: RunPaths, result: TrainResult, trainer: Qwen3EncoderDecoderTrainer) -> dict[str, Any]:
+def finish(
+    run: RunConfig,
+    paths: RunPaths,
+    result: TrainResult,
+    trainer: Qwen3EncoderDecoderTrainer,
+    judge_end: EndJudge | None = None,
+) -> dict[str, Any]:
     """Read the last checkpoint back, judge a finished phase, average the last checkpoints of one that is complete; say
     how it ended (the facts of an Outcome).
+
+    Args:
+        judge_end: measures what the phase's gates at its end ask for; without one they count as not measured.
     """
     verified = distributed.on_rank_zero(lambda: read_back(trainer, result.checkpoint))
     cause, message, first_loss = result.cause, result.message, result.first_loss
     if run.phase and cause in ("complete", "gate"):
         first_loss = loss_of_the_chain(paths, result)
         verdict = verdict_on(run.phase, result, first_loss)
+        if cause == "complete" and verdict.passed and run.phase.gates_at_end:
+            at_end = verdict_at_end(run.phase, trainer, result, judge_end if verified else None)
+            verdict = GateReport(verdict.evidence + at_end.evidence)
         distributed.on_rank_zero(trainer.checkpoints.fence)  # a node that was cut off may not pass the gate for others
         distributed.on_rank_zero_however_long(
             lambda: write_gate(run, paths, result, first_loss, verdict, trainer, verified=verified)
@@ -113,6 +129,16 @@ def verdict_on(phase: PhaseConfig, result: TrainResult, first_loss: float) -> Ga
     in_the_loop = result.gates.evidence if result.gates else ()
     own = judge_phase(phase, first_loss, result.last_loss).evidence if result.cause == "complete" else ()
     return GateReport(own + in_the_loop)
+
+
+def verdict_at_end(
+    phase: PhaseConfig, trainer: Qwen3EncoderDecoderTrainer, result: TrainResult, judge_end: EndJudge | None
+) -> GateReport:
+    """The gates that are judged on the plain model: by rank 0, however long it takes; the others wait."""
+    if judge_end is None or result.checkpoint is None:
+        return judge(phase.gates_at_end, {})
+    checkpoint = trainer.checkpoints.output_dir / result.checkpoint
+    return distributed.on_rank_zero_however_long(lambda: judge_end(checkpoint))
 
 
 def judge_phase(phase: PhaseConfig, first_loss: float, last_loss: float) -> GateReport:

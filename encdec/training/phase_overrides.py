@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from encdec.gates import LOOP_METRICS, Comparison
+from encdec.gates import END_METRICS, LOOP_METRICS, Comparison
 from encdec.training.config_section import PositiveFloat, PositiveInt, Section
 
 
@@ -19,7 +19,9 @@ class CustomGate(Section):
     name: Annotated[str, Field(min_length=1)]
     """What it is called."""
     metric_name: str
-    """loss, loss_decrease, grad_norm, perplexity, eval_loss, nan_count or tokens_per_second."""
+    """While training: loss, loss_decrease, grad_norm, perplexity, eval_loss, nan_count or tokens_per_second. At the
+    end of the phase, by an evaluator: accuracy, denoising_exact_match, latency_p50, latency_p99, arithmetic_accuracy,
+    tool_accuracy, safety_accuracy or gsm8k_accuracy."""
     threshold: float
     """The bound, in the metric's unit (nats, tokens per second)."""
     comparison: Comparison = "<"
@@ -32,8 +34,8 @@ class CustomGate(Section):
     @field_validator("metric_name")
     @classmethod
     def _is_measured(cls, value: str) -> str:
-        if value not in LOOP_METRICS:
-            raise ValueError(f"the training loop must measure it: {', '.join(LOOP_METRICS)}")
+        if value not in LOOP_METRICS + END_METRICS:
+            raise ValueError(f"it must be measured: {', '.join(LOOP_METRICS + END_METRICS)}")
         return value
 
 
@@ -54,8 +56,9 @@ class PhaseOverrides(Section):
     """Highest loss allowed after warm-up, nats."""
     min_loss_decrease: float | None = None
     """Least fall of the loss from the first steps to the last, nats."""
-    gates: list[Literal["quick", "standard"]] | None = None
-    """Gates judged while training: quick every ``training.gate_steps``, standard at scheduled checkpoints."""
+    gates: list[Literal["quick", "standard", "full", "production"]] | None = None
+    """Gates judged while training, quick every ``training.gate_steps`` and standard at scheduled checkpoints, and at
+    the end of the phase, full and production, whose suites ``data.eval_benchmarks`` names."""
     custom_gates: list[CustomGate] | None = None
     """Gates of one's own, beside those or in their place."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import shutil
@@ -20,6 +21,7 @@ from encdec import distributed
 from encdec.checkpoints.model_files import keep_model_files
 from encdec.errors import EncdecError, ShardingError
 from encdec.files import RunPaths, atomic_write_json
+from encdec.gates import GateReport
 from encdec.records import RankResult
 from encdec.tokenization_qwen3_encdec import Qwen3EncoderDecoderTokenizer
 from encdec.training import sharding, storage
@@ -35,11 +37,13 @@ from encdec.training.signals import Requests
 from encdec.training.trainer import Qwen3EncoderDecoderTrainer
 
 log = logging.getLogger("encdec.train")
+EndOfPhase = Callable[[RunConfig, RunPaths, Any, Path, torch.device, Path], GateReport]
+"""(run, its directory, tokenizer, packed text, device, a verified checkpoint) -> the verdicts at the end of a phase."""
 ModelMaker = Callable[[FullConfig, Qwen3EncoderDecoderTokenizer], Any]
 """Makes the unsharded model on the host, fp32, the same on every rank; it has ``transformer_layers()``."""
 
 
-def run_rank_of_attempt(run_dir: str, attempt: int) -> None:
+def run_rank_of_attempt(run_dir: str, attempt: int, judge_end: EndOfPhase | None = None) -> None:
     """Train as one rank of an attempt that the launcher has claimed; rank 0 writes result.json when it is done.
 
     An error that is meant for a user is written to the attempt's error.json and ends the process with its exit code.
@@ -48,7 +52,7 @@ def run_rank_of_attempt(run_dir: str, attempt: int) -> None:
     start_log()
     try:
         run = read_run_config(paths)
-        outcome = run_rank(run, paths, attempt=attempt, expected_world_size=run.world_size)
+        outcome = run_rank(run, paths, attempt=attempt, expected_world_size=run.world_size, judge_end=judge_end)
         if os.environ.get("RANK", "0") == "0":
             with storage.explained("The run directory must take the result", paths.root):
                 atomic_write_json(paths.attempt(attempt).result, RankResult(**outcome).to_json())
@@ -65,6 +69,7 @@ def run_rank(
     resume_from: Path | None = None,
     make_model: ModelMaker | None = None,
     watchers: Sequence[Observer] = (),
+    judge_end: EndOfPhase | None = None,
 ) -> dict[str, Any]:
     """Build, resume, train, judge; the facts of the outcome.
 
@@ -74,6 +79,7 @@ def run_rank(
         resume_from: a checkpoint folder; None: the newest valid one of the run directory, if there is one.
         make_model: builds the model; None: the one that the configuration describes.
         watchers: told on rank 0 what the records are told, after them; closed at the end.
+        judge_end: measures what a phase's gates at its end ask for.
 
     Raises:
         EncdecError: what a user can mend, storage that takes no more among it.
@@ -88,7 +94,7 @@ def run_rank(
     device = sharding.start_process_group(run.config.infra)
     del store  # the process group has its own reference now
     with storage.explained("The run directory must take checkpoints and records", paths.root):
-        return _train(run, paths, attempt, resume_from, tokenizer, packed, device, make_model, watchers)
+        return _train(run, paths, attempt, resume_from, tokenizer, packed, device, make_model, watchers, judge_end)
 
 
 def _train(
@@ -101,6 +107,7 @@ def _train(
     device: torch.device,
     make_model: ModelMaker | None,
     watchers: Sequence[Observer],
+    judge_end: EndOfPhase | None,
 ) -> dict[str, Any]:
     """What a rank does once it has text and a process group."""
     if attempt is None:
@@ -126,7 +133,8 @@ def _train(
         trainer.start_from(resume_from)
         require_weights(run, goes_on=goes_on, step=trainer.state.global_step)
         requests.listen()  # not before: until now there is nothing to save, and SIGTERM should simply end this rank
-        result = finish(run, paths, trainer.train(), trainer)
+        judge = functools.partial(judge_end, run, paths, tokenizer, packed, device) if judge_end else None
+        result = finish(run, paths, trainer.train(), trainer, judge)
         trainer.checkpoints.close(hurried=result["cause"] == "signalled")
         tell_end(trainer, result)
         return result

@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from encdec.errors import ConfigError, MissingPrerequisite
+from encdec.gates import END_METRICS
 from encdec.training.config import ArchitectureConfig, FullConfig, TrainingConfig
 from encdec.training.deepspeed_config import embed_file
 from encdec.vocabulary import BYTE_ALPHABET_SIZE, smallest_vocabulary
@@ -29,6 +30,22 @@ def check_rules(config: FullConfig) -> None:
     require_no_password("infra.checkpoint_mirror", config.infra.checkpoint_mirror or "")
     _require_one_engine(config)
     _require_global_batch(config)
+    _require_suites(config)
+
+
+def _require_suites(config: FullConfig) -> None:
+    """Files that are read at the end of a phase must be there before its beginning."""
+    for metric, name in config.data.eval_benchmarks.items():
+        if metric not in END_METRICS:
+            raise ConfigError(
+                f"data.eval_benchmarks names metrics: {', '.join(END_METRICS)}", found=metric, remedy="Correct the name"
+            )
+        if not Path(name).is_file():
+            raise ConfigError(
+                f"data.eval_benchmarks.{metric} must be a file",
+                found=f"{name}, and no file at {Path(name).absolute()}",
+                remedy="Correct the path; python -m encdec.pipeline suite makes a small one of some metrics",
+            )
 
 
 def require_memory(shape: ArchitectureConfig, vocab_size: int, ranks: int, memory: int) -> None:

@@ -261,6 +261,8 @@ def resolve_run(
     ranks = ranks_per_node or config.infra.num_gpus
     config.infra.num_gpus = ranks
     config.data.packed_dir = str(Path(config.data.packed_dir).absolute())
+    suites = {metric: str(Path(name).absolute()) for metric, name in config.data.eval_benchmarks.items()}
+    config.data.eval_benchmarks = suites
     if config.infra.checkpoint_mirror and "://" not in config.infra.checkpoint_mirror:
         config.infra.checkpoint_mirror = str(Path(config.infra.checkpoint_mirror).absolute())
     config.phases = {}  # laid over the table; those of other phases are none of this run's

@@ -28,7 +28,7 @@ def read_models_once() -> None:
 read_models_once()
 import submitit.core.submission  # noqa: E402, F401 - a forked rank imports its parent's main module
 
-import encdec.training.rank  # noqa: E402, F401
+import encdec.train  # noqa: E402, F401
 
 gc.freeze()  # and keeps the pages that forks share from being touched by their collectors
 gc.enable()

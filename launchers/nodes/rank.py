@@ -21,7 +21,7 @@ def run_rank(run_dir: str, attempt: int, interface: str) -> None:
     agent = multiprocessing.parent_process()
     lifeline.listen_to_agent(agent.pid if agent else None)
     threading.Thread(target=_die_with_agent, daemon=True).start()
-    from encdec.training.rank import run_rank_of_attempt
+    from encdec.train import run_rank_of_attempt
 
     run_rank_of_attempt(run_dir, attempt)
 
