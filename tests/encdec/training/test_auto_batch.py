@@ -20,6 +20,7 @@ from encdec.training import auto_batch
 from encdec.training.auto_batch import Place, divisors, record, recorded, settle_micro_batch
 from encdec.training.build import empty_twin
 from encdec.training.config import FullConfig, TrainingConfig
+from encdec.training.execution import TrainingPhase
 from encdec.training.rules import settled_micro_batch
 from encdec.training.run_config import RunConfig, divide_global_batch, resolve_run
 from launchers.arguments import asked_run, parse_submit
@@ -243,4 +244,5 @@ def test_flag_is_a_number_or_auto(value: str):
 @pytest.mark.parametrize(("value", "size"), [("3", 3), ("auto", "auto")])
 def test_flag_lays_over_the_file(value: str, size: object):
     arguments = parse_submit(["--phase", "sanity_check", "--config", str(MICRO), "--per-device-batch", value])
-    assert asked_run(arguments).config.training.per_device_train_batch_size == size
+    run = asked_run(arguments, TrainingPhase.SANITY_CHECK, None, None)
+    assert run.config.training.per_device_train_batch_size == size

@@ -19,10 +19,10 @@ from encdec.training import rank
 build = rank.build_model
 report = RunPaths(Path(sys.argv[sys.argv.index("--output_dir") + 1])).sanity_report
 
-def build_late(*arguments):
+def build_late(*arguments, **options):
     while distributed.rank() and not report.exists():
         time.sleep(0.01)
-    return build(*arguments)
+    return build(*arguments, **options)
 
 rank.build_model = build_late
 train.leave(train.main())
