@@ -64,6 +64,12 @@ def asked(arguments: Namespace) -> Asked:
         directory = choose_directory(arguments.run_dir, first.name, new=new)
         return Asked([Link(phases[0], first, RunPaths(directory))], None, phases[0])
     root = choose_directory(arguments.run_dir, arguments.name or f"chain-{first.identity[:8]}", new=new)
+    if (root / "run.yaml").exists():
+        raise ConfigError(
+            "The directory of a chain holds its phases, each in one of its own",
+            found=f"{root}, which is a run itself",
+            remedy="Give the chain another --name or --run-dir",
+        )
     links: list[Link] = []
     for phase in phases:
         run = asked_run(arguments, phase, start, arguments.name and f"{arguments.name}.{phase}")

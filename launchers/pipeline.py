@@ -17,6 +17,20 @@ from encdec.errors import ConfigError
 from launchers import submit
 from launchers.arguments import parse_submit
 
+DECIDED = frozenset(
+    {
+        "--phase",
+        "--through",
+        "--from-weights",
+        "--config",
+        "--run-dir",
+        "--name",
+        "--resume",
+        "--wait",
+        "--no-wait",
+        "--dry-run",
+    }
+)
 PHASE = "sanity_check"
 """A scale's file has the same numbers for every phase, and this one asks for no gate before it."""
 
@@ -48,12 +62,10 @@ def command_line(config: str, run_dir: str, flags: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: ``flags`` name what the pipeline decides, or cannot be understood.
     """
-    decided = [
-        flag for flag in flags if flag.split("=")[0] in ("--phase", "--through", "--config", "--run-dir", "--name")
-    ]
+    decided = [flag for flag in flags if flag.split("=")[0] in DECIDED]
     if decided:
         raise ConfigError(
-            "The pipeline decides which phase, configuration and directory a scale has",
+            "The pipeline decides which phase, configuration and directory a scale has, and waits for its end",
             found=decided[0],
             remedy="Leave it out after --; --config and --checkpoint-dir stand before",
         )

@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from encdec.errors import EncdecError
 from launchers import local, remote, slurm
-from launchers.chain_file import write_chain
+from launchers.chain_file import read_chain, write_chain
 from launchers.interrupts import Interrupts
 from launchers.jobs import live_job, newest_jobs
 from launchers.launch_options import launch_options
@@ -29,10 +29,9 @@ def run_all(starts: Sequence[Start], arguments: Namespace, root: Path | None) ->
         return run_phase(starts[0], arguments)
     to_do = [start for start in starts if not start.complete]
     on_slurm = starts[0].plan.cluster == "slurm"
-    in_one = arguments.in_one_allocation if on_slurm else arguments.wait is False
-    if not any(live_job(start.paths) for start in to_do):
-        phases = {start.run.phase.phase: start.paths.root for start in starts if start.run.phase}
-        write_chain(root, phases, in_one_allocation=in_one)
+    in_one = note_chain(
+        starts, to_do, root, in_one=arguments.in_one_allocation if on_slurm else arguments.wait is False
+    )
     if not to_do:
         code = show.summary(starts[-1].paths, already=True)
     elif on_slurm:
@@ -45,23 +44,27 @@ def run_all(starts: Sequence[Start], arguments: Namespace, root: Path | None) ->
     return code
 
 
+def note_chain(starts: Sequence[Start], to_do: Sequence[Start], root: Path, *, in_one: bool) -> bool:
+    """Write ``chain.json``; a chain of which a job lives goes on as its jobs were cut. Returns whether it is one job."""
+    before = read_chain(root)
+    if before and any(live_job(start.paths) for start in to_do):
+        in_one = before.in_one_allocation
+    phases = {start.run.phase.phase: start.paths.root for start in starts if start.run.phase}
+    write_chain(root, phases, in_one_allocation=in_one)
+    return in_one
+
+
 def run_chain_on_slurm(to_do: Sequence[Start], arguments: Namespace, *, in_one: bool) -> int:
-    """Queue every phase at once, each after the one before; follow them if asked."""
+    """Queue every phase at once, each after the one before, or none; follow them if asked."""
     with contextlib.ExitStack() as locks:
         for start in to_do:
             locks.enter_context(only_starter(start.paths))
-        first, *later = to_do
-        queued = {start.paths.root: live_job(start.paths) for start in to_do}
-        find_or_start(first, arguments)
+        new = [start for start in to_do if live_job(start.paths) is None]
         try:
-            for before, start in zip(to_do, later, strict=False):
-                if not in_one:
-                    find_or_start(start, arguments, after=newest_jobs(before.paths))
-                elif queued[start.paths.root] is None:
-                    describe(start.paths, start.run, start.plan)
-                    remote.share(start.paths, start.run, arguments, newest_jobs(first.paths)[0])
-        except EncdecError:
-            take_back([start for start in to_do if queued[start.paths.root] is None])
+            queue(to_do, new, arguments, in_one=in_one)
+        except BaseException as error:
+            if not isinstance(error, slurm.Unanswered):
+                take_back(new)
             raise
     if not arguments.wait:
         return 0
@@ -71,11 +74,28 @@ def run_chain_on_slurm(to_do: Sequence[Start], arguments: Namespace, *, in_one: 
     return 0
 
 
+def queue(to_do: Sequence[Start], new: Sequence[Start], arguments: Namespace, *, in_one: bool) -> None:
+    """A job a phase, or one that runs them all."""
+    first, *later = to_do
+    find_or_start(first, arguments)
+    for before, start in zip(to_do, later, strict=False):
+        if not in_one:
+            find_or_start(start, arguments, after=newest_jobs(before.paths))
+        elif start in new:
+            describe(start.paths, start.run, start.plan)
+            remote.share(start.paths, start.run, arguments, newest_jobs(first.paths)[0])
+
+
 def take_back(starts: Sequence[Start]) -> None:
-    """A chain is queued whole or not at all: cancel what has been queued of it."""
+    """A chain is queued whole or not at all: cancel what has been queued of it, and remove what was made for the rest."""
     for start in reversed(starts):
-        for job in newest_jobs(start.paths):
+        for job in newest_jobs(start.paths) if start.paths.root.is_dir() else ():
             slurm.cancel(job)
+        if start.fresh and not start.paths.job.is_file() and start.paths.root.is_dir():
+            shutil.rmtree(start.paths.root)
+    root = starts[0].paths.root.parent if starts else None
+    if root and not any(path.is_dir() for path in root.glob("*")):
+        shutil.rmtree(root, ignore_errors=True)
 
 
 def run_phase(start: Start, arguments: Namespace) -> int:

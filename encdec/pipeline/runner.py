@@ -163,6 +163,8 @@ class PipelineRunner:
         verdicts = self.validator.results[before:]
         failed = [item for verdict in verdicts for item in verdict.report.failures]
         cause = "gate" if failed and self.config.strict_validation else ending.cause
+        if cause == "complete" and trained is None:
+            cause, ending = "crash", Ending("crash", f"{ending.message}, but left no run to judge in {paths.root}")
         return ScaleResult(
             experiment=training.experiment_name, scale=scale, success=cause == "complete", cause=cause,
             reason="; ".join([ending.message, *(f"gate not passed: {item.line()}" for item in failed)]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from encdec.gates import GateReport, Measurement, ValidationGate, judge
 from encdec.training.config import TrainingConfig
 
 EXEMPT_STEPS = 50
@@ -31,6 +32,13 @@ class EarlyStopping:
         """Consecutive gradient spikes, if there are enough of them to end training."""
         spikes = self._state["spikes"] if self.reason else 0
         return spikes if spikes >= self._rules.grad_spike_patience else 0
+
+    def spikes_report(self) -> GateReport | None:
+        """The closed gate ``gradient_spikes``, where it is they that end training."""
+        spikes = self.fatal_spikes
+        gate = ValidationGate("gradient_spikes", "consecutive_gradient_spikes", self._rules.grad_spike_patience, "<")
+        source = f"steps in a row with a gradient norm above {self._rules.grad_spike_threshold:g}"
+        return judge((gate,), {gate.metric_name: Measurement(float(spikes), source)}) if spikes else None
 
     def judge(self, step: int, grad_norm: float, mean_loss: float) -> str | None:
         """Reason to stop, or None. Every step must come by here once, also one at which the run is told to leave."""

@@ -28,6 +28,7 @@ from encdec.training.state import TrainResult
 from encdec.training.trainer import Qwen3EncoderDecoderTrainer
 
 log = logging.getLogger("encdec.train")
+READ_BACK = ValidationGate("checkpoint", "checkpoint_verified", 1, ">=", description="The weights can be handed on")
 EndJudge = Callable[[Path], GateReport]
 """A verified checkpoint's folder -> the verdicts of the gates at the end of a phase."""
 
@@ -76,7 +77,7 @@ def finish(
     cause, message, first_loss = result.cause, result.message, result.first_loss
     if run.phase and cause in ("complete", "gate"):
         first_loss = loss_of_the_chain(paths, result)
-        verdict = verdict_on(run.phase, result, first_loss)
+        verdict = verdict_on(run.phase, result, first_loss, verified=verified)
         if cause == "complete" and verdict.passed and run.phase.gates_at_end:
             at_end = verdict_at_end(run.phase, trainer, result, judge_end if verified else None)
             verdict = GateReport(verdict.evidence + at_end.evidence)
@@ -124,11 +125,17 @@ def loss_of_the_chain(paths: RunPaths, result: TrainResult) -> float:
     return result.first_loss if origin is None or origin.first_loss is None else origin.first_loss
 
 
-def verdict_on(phase: PhaseConfig, result: TrainResult, first_loss: float) -> GateReport:
-    """The gates in the loop as they were judged last, after the phase's own bounds if it has come to its end."""
+def verdict_on(phase: PhaseConfig, result: TrainResult, first_loss: float, *, verified: bool) -> GateReport:
+    """The gates in the loop as they were judged last, after those of a phase that has come to its end: its own bounds,
+    and that its last checkpoint can be read back.
+    """
     in_the_loop = result.gates.evidence if result.gates else ()
-    own = judge_phase(phase, first_loss, result.last_loss).evidence if result.cause == "complete" else ()
-    return GateReport(own + in_the_loop)
+    if result.cause != "complete":
+        return GateReport(in_the_loop)
+    read = judge(
+        (READ_BACK,), {READ_BACK.metric_name: Measurement(float(verified), f"{result.checkpoint}, by digests")}
+    )
+    return GateReport(judge_phase(phase, first_loss, result.last_loss).evidence + read.evidence + in_the_loop)
 
 
 def verdict_at_end(

@@ -24,6 +24,8 @@ from encdec.gates import (
 )
 from encdec.training.state import MOVING_WINDOW, LossHistory
 
+SPEED = "tokens_per_second"
+
 
 def not_finite(count: int, what: str) -> GateReport:
     """The verdict on numbers that are none: ``count`` of them, ``what`` says which and where."""
@@ -104,6 +106,8 @@ class Gatekeeper:
             names = {gate.name for gate in self._quick}
             mine = [gate for gate in self._custom if gate.name in names and step > self._warmup_steps]
             gates = with_custom(self._quick, mine)
+        if not self._speeds:  # at a start, before a step has been timed: a speed of another place would be judged
+            gates = tuple(gate for gate in gates if gate.metric_name != SPEED)
         asked = {gate.metric_name for gate in gates}
         report = judge(gates, self._measure(step, losses, evaluation, asked))
         if level == GateLevel.STANDARD and not report.failures:
@@ -136,10 +140,8 @@ class Gatekeeper:
         if evaluation:
             measured["eval_loss"] = Measurement(evaluation["loss"], f"evaluation at step {step}")
             measured["perplexity"] = Measurement(evaluation["perplexity"], f"evaluation at step {step}")
-        if "tokens_per_second" in asked and (speed := self._speed()):
-            measured["tokens_per_second"] = Measurement(
-                speed, f"median of rank 0's steps since the last check, at step {step}"
-            )
+        if SPEED in asked and (speed := self._speed()):
+            measured[SPEED] = Measurement(speed, f"median of rank 0's steps since the last check, at step {step}")
         return measured
 
     def _speed(self) -> float | None:

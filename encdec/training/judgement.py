@@ -35,8 +35,7 @@ class Closed(NamedTuple):
     """As which it may be rolled back; None: as none."""
 
     def end(self) -> End:
-        failed = self.report.failures
-        return End("gate", "gate not passed: " + "; ".join(item.line() for item in failed), self.report)
+        return End("gate", closed_by(self.report), self.report)
 
     def facts(self) -> dict[str, Any]:
         """For the ledger."""
@@ -47,6 +46,11 @@ class Closed(NamedTuple):
             "message": said,
             "evidence": [item.to_json() for item in failed],
         }
+
+
+def closed_by(report: GateReport) -> str:
+    """The required gates that are not passed, by name."""
+    return "gate not passed: " + "; ".join(item.line() for item in report.failures)
 
 
 class Judgement:
@@ -79,9 +83,12 @@ class Judgement:
         )
 
     def completion(self, step: int) -> End | None:
-        """That training is complete after ``step``, and why; None while it is not."""
-        if self.early_stopping.reason:
-            return End("complete", f"stopped early: {self.early_stopping.reason}")
+        """That training has come to its end after ``step``, and why; None while it goes on."""
+        reason = self.early_stopping.reason
+        if reason and (report := self.early_stopping.spikes_report()):  # weights that explode have earned nothing
+            return End("gate", f"stopped early: {reason}; {closed_by(report)}", report)
+        if reason:
+            return End("complete", f"stopped early: {reason}")
         return End("complete", f"all {self._total_steps} steps done") if step >= self._total_steps else None
 
     def gates(self, state: TrainingState, *, checkpoint: bool) -> Closed | None:

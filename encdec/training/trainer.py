@@ -217,13 +217,15 @@ class Qwen3EncoderDecoderTrainer:
                 report = not_finite(1, f"weights or optimizer state, after step {record.step}")
                 return self._close_gate(self.judgement.not_finite(report, self.state, applied=True))
             self.save(goes_on=not end)
-        return self._make_up() or end if end and end.cause == "complete" else end
+        if end and end.cause == "complete":
+            end = self._make_up() or end
+        return end if self.state.global_step == record.step else None  # None: rolled back
 
     # ---- gates and roll-back
 
     def _judge_gates(self) -> End | None:
         """How training ends if a gate that is owed at this step is not passed, and nothing rolls that back."""
-        closed = self.judgement.gates(self.state, checkpoint=self.saving.is_scheduled(self.state.global_step))
+        closed = self.judgement.gates(self.state, checkpoint=self._has_checkpoint())
         return self._close_gate(closed) if closed else None
 
     def _close_gate(self, closed: Closed) -> End | None:
@@ -272,8 +274,13 @@ class Qwen3EncoderDecoderTrainer:
     def _evaluation_is_owed(self) -> bool:
         """Whether the present step is one to evaluate at, and has not been: who is told to stop leaves without."""
         step = self.state.global_step
-        due = self.saving.is_scheduled(step) or step % self.config.training.eval_steps == 0
+        due = self._has_checkpoint() or step % self.config.training.eval_steps == 0
         return self.eval_dataloader is not None and step > 0 and due and not self.state.metrics
+
+    def _has_checkpoint(self) -> bool:
+        """Whether every run like this one has a checkpoint of the present step: by schedule, or because it ends here."""
+        step = self.state.global_step
+        return self.saving.is_scheduled(step) or bool(self.judgement.completion(step))
 
     def _make_up(self) -> End | None:
         """Evaluate and judge what the saved step still lacks, and commit its checkpoint again."""
@@ -293,7 +300,7 @@ class Qwen3EncoderDecoderTrainer:
             OSError: it could not be written, and ``training.on_save_failure`` does not let training go on without.
         """
         step, state = self.state.global_step, self._extra_state()
-        scheduled = self.saving.is_scheduled(step) or bool(self.judgement.completion(step))
+        scheduled = self._has_checkpoint()
         # one that was only asked for has no metrics: it must not become the best, which an undisturbed run lacks
         metrics = self.state.metrics if scheduled else {}
         self.saving.save(*self._parts, step, metrics, state, scheduled=scheduled, goes_on=goes_on)
