@@ -82,7 +82,7 @@ def validate(arguments: argparse.Namespace) -> int:
     results = results_of(run, paths, gate)
     atomic_write_json(paths.root / RESULTS, results)
     passed = gate.passed and results["validation"]["passed"]
-    if passed and not any((paths.root / MODEL).glob("*.safetensors")):
+    if passed:
         keep_model(paths, gate)
     print_results(results, paths.root)
     return ExitCode.COMPLETE if passed else ExitCode.GATE_NOT_PASSED
@@ -129,7 +129,9 @@ def results_of(run: RunConfig, paths: RunPaths, gate: GateFile) -> dict[str, Any
 
 
 def keep_model(paths: RunPaths, gate: GateFile) -> None:
-    """The judged weights with their tokenizer, for ``from_pretrained``. ``model/`` holds the rest of it already."""
+    """The judged weights with their tokenizer, for ``from_pretrained``, beside what ``model/`` holds already; at every
+    call anew, for one that was cut off leaves a part.
+    """
     checkpoint = paths.checkpoints / str(gate.checkpoint)
     kept = paths.root / f"{MODEL}.tmp"
     shutil.rmtree(kept, ignore_errors=True)  # of a start that was cut off

@@ -63,10 +63,21 @@ def chain_of(paths: RunPaths) -> Path | None:
 
 def later_phases(paths: RunPaths) -> dict[TrainingPhase, RunPaths]:
     """The phases that wait for a run's gate, in order; none for a run alone."""
+    runs, own = _chain_around(paths)
+    return dict(runs[own + 1 :])
+
+
+def earlier_phases(paths: RunPaths) -> dict[TrainingPhase, RunPaths]:
+    """The phases whose gates a run waits for, in order; none for a run alone."""
+    runs, own = _chain_around(paths)
+    return dict(runs[:own]) if own < len(runs) else {}
+
+
+def _chain_around(paths: RunPaths) -> tuple[list[tuple[TrainingPhase, RunPaths]], int]:
+    """The phases of the chain that a run belongs to, and which of them it is."""
     root = chain_of(paths)
     runs = list(runs_of(root).items()) if root else []
-    own = next((number for number, (_, run) in enumerate(runs) if run.root == paths.root), len(runs))
-    return dict(runs[own + 1 :])
+    return runs, next((number for number, (_, run) in enumerate(runs) if run.root == paths.root), len(runs))
 
 
 def label(paths: RunPaths) -> str:

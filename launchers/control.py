@@ -13,6 +13,7 @@ from encdec.files import AttemptPaths, RunPaths
 from encdec.records import ProcessRecord, read_json_lines, read_record
 from encdec.training.run_config import read_run_config
 from launchers import local, remote, slurm
+from launchers.chain_file import earlier_phases, label
 from launchers.jobs import jobs_of, submission
 from launchers.launch_options import measured_stop_seconds, read_launch_options, why_given_up
 from launchers.nodes.continuation import past_attempts
@@ -47,7 +48,11 @@ def cancel(paths: RunPaths, *, now: bool) -> list[str]:
     """
     with nobody_starting(paths):
         status = read_status(paths)
-        if status.host is None:
+        if not status.attempts and (running := phase_in_the_same_job(paths)):
+            paths.control.mkdir(exist_ok=True)
+            paths.stop_request.touch()
+            said = [f"does not begin: the job that runs {running} comes to it no more; {AGAIN}"]
+        elif status.host is None:
             said = cancel_jobs(paths, now=now)
         elif status.running:
             said = [cancel_local(paths, status.attempts[-1], now=now)]
@@ -60,6 +65,13 @@ def cancel(paths: RunPaths, *, now: bool) -> list[str]:
         if said:
             note(paths, "cancelled", now=now, said=said)
     return said
+
+
+def phase_in_the_same_job(paths: RunPaths) -> str | None:
+    """The earlier phase of a chain in one allocation whose job is the run's, too: it is that one's to end the job."""
+    jobs = [job for job, _ in live_jobs(paths)]
+    earlier = [run for run in earlier_phases(paths).values() if set(jobs) & set(jobs_of(run))]
+    return label(earlier[0]) if earlier else None
 
 
 def cancel_local(paths: RunPaths, number: int, *, now: bool) -> str:

@@ -57,10 +57,18 @@ def named_under(root: Path) -> dict[str, list[RunPaths]]:
         if not entry.is_dir() or entry.name.startswith("."):
             continue
         if os.path.lexists(folder / CHAIN_FILE):
-            found[entry.name] = list(runs_of(folder).values())
+            found[entry.name] = phases_or_damage(folder)
         elif looks_like_a_run(RunPaths(folder)):
             found[entry.name] = [RunPaths(folder)]
     return found
+
+
+def phases_or_damage(folder: Path) -> list[RunPaths]:
+    """The phases of a chain; itself where its file is damaged, so that it is shown as a run that cannot be read."""
+    try:
+        return list(runs_of(folder).values())
+    except RunDirectoryError:
+        return [RunPaths(folder)]
 
 
 def looks_like_a_run(paths: RunPaths) -> bool:
@@ -90,17 +98,15 @@ def find_runs(word: str, root: Path) -> list[RunPaths]:
     """
     named = named_under(root)
     phases = {label(run): [run] for runs in named.values() for run in runs}
-    if word in named or word in phases:
-        return named.get(word) or phases[word]
     there = Path(word).absolute()
-    if there.is_dir() and runs_of(there):
-        return list(runs_of(there).values())
+    if chosen := named.get(word) or phases.get(word) or list(runs_of(there).values()):
+        return chosen
     if os.sep in word or os.path.lexists(RunPaths(there).run_yaml):
         return [require_run(there, phases, word)]
     begun = [name for name in named if word and name.startswith(word)]
-    if len(begun) == 1:
+    if len(begun) == 1 and named[begun[0]]:
         return named[begun[0]]
-    if begun:
+    if len(begun) > 1:
         raise ConfigError(
             "A run's name may be cut as long as no other run's begins so",
             found=f"{word!r}, with which {len(begun)} begin: {shortened(begun)}",

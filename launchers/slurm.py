@@ -292,6 +292,17 @@ def submit(script: Path, *flags: str) -> Answer:
     return Answer(answer.ok, answer.out.strip().partition(";")[0], answer.problem)
 
 
+def submit_patiently(script: Path, *flags: str) -> Answer:
+    """As ``submit``; a controller that is away, or a limit of jobs, is asked again and again."""
+    answer = submit(script, *flags)
+    for _ in range(1, REQUEUE_TRIES):
+        if answer.ok:
+            break
+        time.sleep(SECONDS_BETWEEN_REQUEUE_TRIES)
+        answer = submit(script, *flags)
+    return answer
+
+
 def describe(job: str, comment: str) -> str | None:
     """Set the job's comment; None if it worked, else why not."""
     answer = ask("scontrol", "update", f"jobid={job}", f"comment={comment}")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launchers import local, remote, slurm
-from launchers.chain_file import read_chain, write_chain
+from launchers.chain_file import CHAIN_FILE, read_chain, write_chain
 from launchers.interrupts import Interrupts
 from launchers.jobs import live_job, newest_jobs
 from launchers.launch_options import launch_options
@@ -45,7 +45,7 @@ def run_all(starts: Sequence[Start], arguments: Namespace, root: Path | None) ->
 
 
 def note_chain(starts: Sequence[Start], to_do: Sequence[Start], root: Path, *, in_one: bool) -> bool:
-    """Write ``chain.json``; a chain of which a job lives goes on as its jobs were cut. Returns whether it is one job."""
+    """Write ``chain.json``; returns whether one job runs it all: a chain of which a job lives stays as it was cut."""
     before = read_chain(root)
     if before and any(live_job(start.paths) for start in to_do):
         in_one = before.in_one_allocation
@@ -87,15 +87,16 @@ def queue(to_do: Sequence[Start], new: Sequence[Start], arguments: Namespace, *,
 
 
 def take_back(starts: Sequence[Start]) -> None:
-    """A chain is queued whole or not at all: cancel what has been queued of it, and remove what was made for the rest."""
+    """A chain is queued whole or not at all: cancel what has been queued of it, remove what was made for the rest."""
     for start in reversed(starts):
         for job in newest_jobs(start.paths) if start.paths.root.is_dir() else ():
             slurm.cancel(job)
         if start.fresh and not start.paths.job.is_file() and start.paths.root.is_dir():
             shutil.rmtree(start.paths.root)
-    root = starts[0].paths.root.parent if starts else None
-    if root and not any(path.is_dir() for path in root.glob("*")):
-        shutil.rmtree(root, ignore_errors=True)
+    for root in {start.paths.root.parent for start in starts}:
+        if (root / CHAIN_FILE).is_file() and not any(path.is_dir() for path in root.iterdir()):
+            (root / CHAIN_FILE).unlink()
+            root.rmdir()
 
 
 def run_phase(start: Start, arguments: Namespace) -> int:

@@ -10,7 +10,7 @@ fi
 # been changed here since. launchers.prepare has left its path in the job's comment.
 run=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Comment=encdec run \(.*[^ ]\) *$/\1/p')
 if [ -z "$run" ] && [ "${SLURM_RESTART_COUNT:-0}" != 0 ]; then  # the comment may have been overwritten since
-    script=$(grep -ls "^# Made inside job $SLURM_JOB_ID," "${RUN_DIR:-/dev/null}"/submit.sbatch runs/*/submit.sbatch | head -n 1)
+    script=$(grep -ls "^# Made inside job $SLURM_JOB_ID," "${RUN_DIR:-/dev/null}"{,/*}/submit.sbatch runs/*{,/*}/submit.sbatch | head -n 1)
     run=${script%/submit.sbatch}
 fi
 if [ -n "$run" ] && grep -qs "^# Made inside job $SLURM_JOB_ID," "$run/submit.sbatch"; then

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from encdec.errors import ConfigError, GateNotPassed
 from encdec.files import RunPaths, atomic_write_json
-from encdec.gates import LOSS_DECREASING, GateLevel, GateReport, Measurement, ValidationGate, judge
+from encdec.gates import GATES, LOOP_METRICS, LOSS_DECREASING, GateLevel, GateReport, Measurement, ValidationGate, judge
 from encdec.pipeline.config import GateConfig, Launch, PipelineConfig, PipelineTrainingConfig
 from encdec.pipeline.evaluators import Batches, Evaluation, Evaluator, measure
 from encdec.pipeline.facts import RunFacts
@@ -20,7 +21,6 @@ from encdec.pipeline.results import ScaleResult, append_results
 from encdec.pipeline.scale_run import (
     Ending,
     ModelFactory,
-    QuickWatch,
     TrainedModel,
     launch_with_torchrun,
     load_trained,
@@ -31,6 +31,8 @@ from encdec.pipeline.scale_run import (
 from encdec.pipeline.scales import ModelScale, scales_between
 from encdec.pipeline.validator import LEVELS, PipelineValidator, Verdict, asked_at
 from encdec.training.build import evaluation_batches, make_collator, prepare_text
+from encdec.training.execution import LoopGates
+from encdec.training.phase_overrides import CustomGate
 from encdec.training.run_config import RunConfig, read_run_config
 
 log = logging.getLogger("encdec.pipeline")
@@ -135,18 +137,29 @@ class PipelineRunner:
         training = self.config.training.at_scale(scale)
         paths = RunPaths(self.config.experiment_dir / scale)
         config_file = self.config.experiment_dir / f"{scale}.yaml"
-        training.full_config().to_yaml(config_file)
+        gates = self._gates_in_loop()
+        full = training.full_config()
+        for row in full.phases.values():  # a launcher trains one of them
+            row.gates = [level.value for level in gates.levels]
+            row.custom_gates = [CustomGate(**asdict(gate)) for gate in gates.custom]
+        full.to_yaml(config_file)
         log.info("%s: training in %s", scale, paths.root)
         make_model = model_maker(self.model_factory, training.scale_config)
-        watch = [QuickWatch(self.validator.gates(GateLevel.QUICK), paths)] if self.config.strict_validation else []
         if self.launch:
             ending = train_elsewhere(self.launch, config_file, paths)
         else:
-            ending = train_here(config_file, paths, make_model, watch)
+            ending = train_here(config_file, paths, make_model, gates)
         result = self._judge(scale, paths, ending, levels)
         append_results(self.config.experiment_dir / "results.jsonl", [result])
         log.info("%s", result.summary())
         return result
+
+    def _gates_in_loop(self) -> LoopGates:
+        """QUICK with the user's own where such a gate ends the run; nothing where it is only reported."""
+        if not self.config.strict_validation:
+            return LoopGates(())
+        own = [gate for gate in self.validator.gates(GateLevel.QUICK) if gate not in GATES[GateLevel.QUICK]]
+        return LoopGates(custom=tuple(gate for gate in own if gate.metric_name in LOOP_METRICS))
 
     def _judge(self, scale: ModelScale, paths: RunPaths, ending: Ending, levels: Sequence[GateLevel]) -> ScaleResult:
         """From the run directory alone: the run may have been anywhere."""
@@ -156,7 +169,7 @@ class PipelineRunner:
         if paths.run_yaml.exists():
             run = read_run_config(paths)
             facts = RunFacts.read(paths, run.num_train_steps)
-            stopped = not self._passes_quick(facts, ending)
+            stopped = not self._passes_quick(facts, ending) and self.config.strict_validation
             if ending.cause == "complete" and not stopped:
                 trained = self._judge_trained(run, paths, facts, levels, training)
                 vocabulary = len(self.validator.tokenizer)

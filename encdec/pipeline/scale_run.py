@@ -7,7 +7,7 @@ import logging
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,13 @@ from encdec.checkpoints.manifest import verify
 from encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 from encdec.errors import CheckpointError, ConfigError, ExitCode
 from encdec.files import RunPaths
-from encdec.gates import ValidationGate, judge
 from encdec.modeling_qwen3_encdec import Qwen3ForSeq2SeqLM
 from encdec.pipeline.config import Launch
-from encdec.pipeline.facts import QUICK_STEPS, newest_attempt_says, quick_measurements
+from encdec.pipeline.facts import newest_attempt_says
 from encdec.pipeline.scales import ScaleConfig
-from encdec.records import StepRecord
 from encdec.training.build import build_model
 from encdec.training.config import FullConfig
-from encdec.training.observers import Observer
+from encdec.training.execution import LoopGates
 from encdec.training.origin import fill_from_checkpoint
 from encdec.training.rank import ModelMaker, run_rank
 from encdec.training.run_config import make_run_directory, require_same_run, resolve_run
@@ -55,29 +53,7 @@ class Ending:
     message: str
 
 
-class QuickWatch(Observer):
-    """Looks at the QUICK gates while training goes on, and asks for a stop as soon as one does not pass.
-
-    Args:
-        gates: of the level.
-        paths: the run's directory; its control file STOP is what all ranks obey.
-    """
-
-    def __init__(self, gates: tuple[ValidationGate, ...], paths: RunPaths) -> None:
-        self._gates, self._paths = gates, paths
-        self._failed = False
-
-    def on_step(self, record: StepRecord, moving_loss: float) -> None:
-        if record.step % QUICK_STEPS or self._failed:
-            return
-        report = judge(self._gates, quick_measurements(record.step, record.loss, record.grad_norm))
-        if not report.passed:
-            self._failed = True
-            log.error("step %d: %s", record.step, report.summary())
-            self._paths.stop_request.touch()
-
-
-def train_here(config_file: Path, paths: RunPaths, make_model: ModelMaker, watchers: Sequence[QuickWatch]) -> Ending:
+def train_here(config_file: Path, paths: RunPaths, make_model: ModelMaker, gates: LoopGates) -> Ending:
     """Train in this process, alone; a run directory of the same configuration is continued.
 
     Raises:
@@ -89,7 +65,7 @@ def train_here(config_file: Path, paths: RunPaths, make_model: ModelMaker, watch
     make_run_directory(paths, run)
     try:
         with _kept_signal_handlers():
-            outcome = run_rank(run, paths, make_model=make_model, watchers=watchers)
+            outcome = run_rank(run, paths, make_model=make_model, gates=gates)
     finally:
         if dist.is_initialized():  # a rank that fails early leaves it to the end of its process; this one goes on
             dist.destroy_process_group()

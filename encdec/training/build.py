@@ -24,7 +24,6 @@ from encdec.data.sampler import GlobalBatchSampler
 from encdec.data.ul2_dataset import EvaluationBatches, UL2Dataset, build_dataloader
 from encdec.errors import FencedError
 from encdec.files import RunPaths, staged_directory
-from encdec.gates import GateLevel
 from encdec.modeling_qwen3_encdec import Qwen3ForSeq2SeqLM
 from encdec.records import JsonLinesWriter, event
 from encdec.tokenization_qwen3_encdec import Qwen3EncoderDecoderTokenizer
@@ -33,6 +32,7 @@ from encdec.training.alerts import Notifier, Watch
 from encdec.training.auto_batch import settle_micro_batch
 from encdec.training.config import FullConfig
 from encdec.training.engines import start_engine
+from encdec.training.execution import LoopGates
 from encdec.training.notifications import Sender, open_addresses
 from encdec.training.observers import Observer, Records, TensorBoard, TextLog, WeightsAndBiases
 from encdec.training.rules import require_memory
@@ -170,8 +170,14 @@ def build_trainer(
     model: Qwen3ForSeq2SeqLM,
     device: torch.device,
     requests: Requests,
+    gates: LoopGates | None = None,
 ) -> Qwen3EncoderDecoderTrainer:
-    """Shard, prove the sharding, and put the trainer together; collective."""
+    """Shard, prove the sharding, and put the trainer together; collective.
+
+    Args:
+        gates: judged while training goes on; None: those of the phase, QUICK where there is none.
+    """
+    judged = gates or (run.phase.gates_in_loop if run.phase else LoopGates())
     config = run.config.model_copy(deep=True)
     dtype = sharding.compute_dtype(config.training, device)
     rank, world = distributed.rank(), distributed.world_size()
@@ -203,8 +209,8 @@ def build_trainer(
         sample_length=run.sample_length,
         total_steps=run.num_train_steps,
         warmup_steps=run.warmup_steps,
-        gates=run.phase.gates if run.phase else (GateLevel.QUICK,),
-        custom_gates=run.phase.gates_in_loop if run.phase else (),
+        gates=judged.levels,
+        custom_gates=judged.custom,
         requests=requests,
         observers=observers(run, paths, attempt) if rank == 0 else (),
         attempt=attempt,

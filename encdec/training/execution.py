@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import ConfigDict
 
@@ -34,6 +34,13 @@ class TrainingPhase(StrEnum):
     FULL = "full"
 
 
+class LoopGates(NamedTuple):
+    """What is judged while training goes on."""
+
+    levels: tuple[GateLevel, ...] = (GateLevel.QUICK,)
+    custom: tuple[ValidationGate, ...] = ()
+
+
 @dataclass(frozen=True)
 class PhaseConfig:
     """One row of the phase table.
@@ -59,9 +66,9 @@ class PhaseConfig:
     """Beside those, or in the place of those of the same name."""
 
     @property
-    def gates_in_loop(self) -> tuple[ValidationGate, ...]:
-        """Those of one's own that the training loop measures."""
-        return tuple(gate for gate in self.custom_gates if gate.metric_name in LOOP_METRICS)
+    def gates_in_loop(self) -> LoopGates:
+        """Those that the training loop measures."""
+        return LoopGates(self.gates, tuple(gate for gate in self.custom_gates if gate.metric_name in LOOP_METRICS))
 
     @property
     def gates_at_end(self) -> tuple[ValidationGate, ...]:

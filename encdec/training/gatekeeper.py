@@ -110,7 +110,7 @@ class Gatekeeper:
             gates = tuple(gate for gate in gates if gate.metric_name != SPEED)
         asked = {gate.metric_name for gate in gates}
         report = judge(gates, self._measure(step, losses, evaluation, asked))
-        if level == GateLevel.STANDARD and not report.failures:
+        if level == GateLevel.STANDARD and report.passed:
             self._state["evidence"] = [item.to_json() for item in report.evidence]
         return report
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -82,7 +83,11 @@ def read_gate(paths: RunPaths, phase: TrainingPhase) -> GateFile | None:
         RunDirectoryError: a damaged file.
     """
     path = gate_path(paths, phase)
-    return read_record(path, GateFile) if path.is_file() else None
+    try:
+        there = path.name in os.listdir(path.parent)  # NFS caches the absence of a name until its folder is opened
+    except OSError:
+        return None
+    return read_record(path, GateFile) if there else None
 
 
 def phase_before(phase: TrainingPhase) -> TrainingPhase:

@@ -9,7 +9,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,9 +28,8 @@ from encdec.training import sharding, storage
 from encdec.training.alerts import ending_of
 from encdec.training.build import build_model, build_trainer, prepare_text
 from encdec.training.config import FullConfig
-from encdec.training.execution import TrainingPhase
+from encdec.training.execution import LoopGates, TrainingPhase
 from encdec.training.finish import check_sanity, finish
-from encdec.training.observers import Observer
 from encdec.training.origin import begin_from, has_checkpoint, require_weights
 from encdec.training.run_config import RunConfig, read_run_config
 from encdec.training.signals import Requests
@@ -68,7 +67,7 @@ def run_rank(
     expected_world_size: int | None = None,
     resume_from: Path | None = None,
     make_model: ModelMaker | None = None,
-    watchers: Sequence[Observer] = (),
+    gates: LoopGates | None = None,
     judge_end: EndOfPhase | None = None,
 ) -> dict[str, Any]:
     """Build, resume, train, judge; the facts of the outcome.
@@ -78,7 +77,7 @@ def run_rank(
         expected_world_size: ranks asked for; None: ``infra.num_gpus`` on each node that takes part.
         resume_from: a checkpoint folder; None: the newest valid one of the run directory, if there is one.
         make_model: builds the model; None: the one that the configuration describes.
-        watchers: told on rank 0 what the records are told, after them; closed at the end.
+        gates: judged while training goes on; None: those of the phase, QUICK where there is none.
         judge_end: measures what a phase's gates at its end ask for.
 
     Raises:
@@ -94,7 +93,7 @@ def run_rank(
     device = sharding.start_process_group(run.config.infra)
     del store  # the process group has its own reference now
     with storage.explained("The run directory must take checkpoints and records", paths.root):
-        return _train(run, paths, attempt, resume_from, tokenizer, packed, device, make_model, watchers, judge_end)
+        return _train(run, paths, attempt, resume_from, tokenizer, packed, device, make_model, gates, judge_end)
 
 
 def _train(
@@ -106,7 +105,7 @@ def _train(
     packed: Path,
     device: torch.device,
     make_model: ModelMaker | None,
-    watchers: Sequence[Observer],
+    gates: LoopGates | None,
     judge_end: EndOfPhase | None,
 ) -> dict[str, Any]:
     """What a rank does once it has text and a process group."""
@@ -126,9 +125,8 @@ def _train(
     requests = Requests(paths)
     trainer = build_trainer(
         run, paths, attempt=attempt, restart=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
-        tokenizer=tokenizer, packed=packed, model=model, device=device, requests=requests,
+        tokenizer=tokenizer, packed=packed, model=model, device=device, requests=requests, gates=gates,
     )  # fmt: skip
-    trainer.observers.extend(watchers if distributed.rank() == 0 else ())
     try:
         trainer.start_from(resume_from)
         require_weights(run, goes_on=goes_on, step=trainer.state.global_step)

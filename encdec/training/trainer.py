@@ -278,7 +278,7 @@ class Qwen3EncoderDecoderTrainer:
         return self.eval_dataloader is not None and step > 0 and due and not self.state.metrics
 
     def _has_checkpoint(self) -> bool:
-        """Whether every run like this one has a checkpoint of the present step: by schedule, or because it ends here."""
+        """Whether every run like this one has a checkpoint of this step: by schedule, or because it ends here."""
         step = self.state.global_step
         return self.saving.is_scheduled(step) or bool(self.judgement.completion(step))
 

@@ -57,6 +57,16 @@ def adopt(paths: RunPaths, job: str) -> None:
     atomic_write_json(paths.job, replace(record, job=job, submitted=time.time()).to_json())
 
 
+def take_along(paths: RunPaths, job: str) -> None:
+    """In a chain that is one job, the one that runs a phase now is that of the phases after it."""
+    root = chain_of(paths)
+    record = read_chain(root) if root else None
+    for later in later_phases(paths).values() if record and record.in_one_allocation else ():
+        known = submission(later)
+        if known and known.job != job:
+            adopt(later, job)
+
+
 def wait_for(paths: RunPaths, jobs: Sequence[str]) -> None:
     """The job of the next phase waits for the end of all of these instead. If Slurm does not take that, it will see for
     itself that it has begun too early.

@@ -71,6 +71,7 @@ class Continuation:
             return waiting
         reason = why_given_up(self.options, past_attempts(self.paths))
         if reason:
+            chain.end(self.paths, self.allocation.job, f"given up after {reason}")
             return Declined(f"given up after {reason}", ExitCode.CRASHED)
         before = self._record()
         if before is None or before.job == self.allocation.job:
@@ -89,15 +90,22 @@ class Continuation:
         why = chain.why_not_yet(self.paths)
         if why is None:
             return None
-        jobs = chain.jobs_before(self.paths, but=self.allocation.job)
-        answer = slurm.submit(self.paths.sbatch, f"--dependency=afterany:{':'.join(jobs)}") if jobs else None
-        if answer and answer.ok:  # the phase before goes on in another job, which this one did not wait for
-            self._carry_to(answer.out)
-            chain.adopt(self.paths, answer.out)
-            return Declined(f"job {answer.out} begins after {', '.join(jobs)}", ExitCode.COMPLETE)
+        if jobs := chain.jobs_before(self.paths, but=self.allocation.job):
+            return self._begin_after(jobs)  # the phase before goes on in a job that this one did not wait for
         chain.end(self.paths, self.allocation.job, why)
         chain.tell(self.paths, why)
         return Declined(why, ExitCode.GATE_NOT_PASSED)
+
+    def _begin_after(self, jobs: list[str]) -> Declined:
+        """Have another job wait for these; where Slurm takes none, this one again after its hold-off."""
+        answer = slurm.submit_patiently(self.paths.sbatch, f"--dependency=afterany:{':'.join(jobs)}")
+        if not answer.ok:
+            slurm.requeue(self.allocation.job)
+            return Declined(f"it looks again: {', '.join(jobs)} may still pass the gate before", ExitCode.COMPLETE)
+        self._carry_to(answer.out)
+        chain.adopt(self.paths, answer.out)
+        chain.wait_for(self.paths, [answer.out])
+        return Declined(f"job {answer.out} begins after {', '.join(jobs)}", ExitCode.COMPLETE)
 
     @staticmethod
     def _end_of(before: ContinuationRecord) -> str:
@@ -127,6 +135,7 @@ class Continuation:
         """This start runs the run now. The successor of an earlier start is not needed any more, unless it is this
         job's, too, and wanted in advance: it has aged in the queue.
         """
+        chain.take_along(self.paths, self.allocation.job)
         before, in_advance = self._record(), self.options.continue_by == "successor"
         self._excluded = before.excluded if before else None
         if before and before.successor != self.allocation.job:

@@ -88,8 +88,8 @@ def chain(root: Path, plans: Sequence[Plan], states: Sequence[str], *, asked: st
         asked: the first phase that was asked for by name.
     """
     last = plans[-1]
-    missing = [plan.phase for plan, state in zip(plans, states, strict=True) if state != "passed"]
-    missing = missing[: missing.index(asked)] if asked in missing else missing
+    before = [plan.phase for plan in plans].index(asked)
+    missing = [plan.phase for plan, state in list(zip(plans, states, strict=True))[:before] if state != "passed"]
     console, phases = make_console(), Table(box=None, pad_edge=False, header_style="bold")
     console.print(
         table_of(
