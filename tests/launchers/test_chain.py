@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +16,17 @@ from encdec.records import JobRecord, JsonLinesWriter, Outcome, read_json_lines
 from encdec.training.execution import StartingPoint, TrainingPhase
 from encdec.training.promotion import GateFile, Origin, require_passed
 from encdec.training.run_config import RunConfig
+from launchers import slurm
 from launchers.arguments import parse_submit
 from launchers.chain import Asked, asked
 from launchers.chain_file import label, later_phases, runs_of, write_chain
+from launchers.control import cancel
 from launchers.names import find_run, find_runs, runs_under
 from launchers.nodes.allocation import Allocation
+from launchers.nodes.chain import take_along
 from launchers.nodes.continuation import Continuation
+from launchers.ready import Start
+from launchers.start import note_chain, take_back
 from launchers.views.overview import look
 from tests.conftest import MICRO
 from tests.launchers.conftest import Play
@@ -301,3 +307,95 @@ def test_status_says_what_a_phase_waits_for_and_why_it_never_started(chain: Aske
         ledger.write({"event": "not_started", "time": 2000.0, "why": "sanity_check ended before it: bad"})
     [view] = look([validation], forgiving=False)
     assert (view.standing.state, view.standing.words) == ("blocked", "not started: sanity_check ended before it: bad")
+
+
+def test_chain_that_lives_is_extended_and_stays_as_it_was_cut(chain: Asked, play: Play):
+    assert chain.root is not None
+    (chain.root / "chain.json").unlink()
+    *first, last = chain.links
+    write_chain(chain.root, {link.phase: link.paths.root for link in first}, in_one_allocation=True)
+    queued(chain.links[0].paths, "11")
+    play("squeue", "RUNNING\n")
+    starts = [Start(link.paths, link.run, link.plan("slurm", ""), fresh=link is last) for link in chain.links]
+    assert note_chain(starts, starts, chain.root, in_one=False) is True
+    assert list(runs_of(chain.root)) == [SANITY, VALIDATION, MEDIUM]
+    play("squeue", "COMPLETED\n")
+    assert note_chain(starts, starts, chain.root, in_one=False) is False
+
+
+def test_phase_whose_job_runs_an_earlier_one_is_cancelled_without_that_job(chain: Asked, play: Play):
+    """The job may be in the middle of a save."""
+    assert chain.root is not None
+    sanity, _, medium = (link.paths for link in chain.links)
+    write_chain(chain.root, {}, in_one_allocation=True)
+    for link in chain.links:
+        queued(link.paths, "11")
+    play("squeue", "11|RUNNING|None|N/A\n")
+    play("scancel")
+    sanity.claim_attempt()
+    [said] = cancel(medium, now=False)
+    assert "the job that runs c1/sanity_check comes to it no more" in said
+    assert medium.stop_request.exists() and play.calls("scancel") == []
+
+
+def test_successor_takes_the_later_phases_along_in_a_chain_that_is_one_job(chain: Asked, play: Play):
+    assert chain.root is not None
+    sanity, validation, medium = (link.paths for link in chain.links)
+    write_chain(chain.root, {}, in_one_allocation=True)
+    for paths in (sanity, validation, medium):
+        queued(paths, "11")
+    take_along(sanity, "15")
+    assert [json.loads(paths.job.read_text())["job"] for paths in (sanity, validation, medium)] == ["11", "15", "15"]
+
+
+def test_run_that_is_given_up_ends_the_chain(chain: Asked, play: Play):
+    sanity, validation, medium = (link.paths for link in chain.links)
+    for paths, job in ((sanity, "11"), (validation, "12"), (medium, "13")):
+        queued(paths, job)
+    for _ in range(5):
+        number = sanity.claim_attempt()
+        outcome = Outcome(cause="crash", exit_code=1, step=0, checkpoint=None, message="died")
+        atomic_write_json(sanity.attempt(number).outcome, outcome.to_json())
+    play("squeue", "12|PENDING|Dependency|N/A\n13|PENDING|Dependency|N/A\n")
+    play("scancel")
+    declined = start_of("11", sanity).decline()
+    assert declined is not None and declined.exit_code == ExitCode.CRASHED
+    assert play.calls("scancel") == ["13", "12"]
+
+
+def test_job_that_cannot_queue_another_looks_again_itself(chain: Asked, play: Play):
+    """Slurm takes no job just now: that closes no gate, and nobody is taken out of the queue."""
+    sanity, validation = (link.paths for link in chain.links[:2])
+    queued(sanity, "11")
+    queued(validation, "12")
+    play("squeue", "11|RUNNING|None|N/A\n")
+    play("sbatch", err="sbatch: error: QOSMaxSubmitJobPerUserLimit", code=1)
+    play("scontrol")
+    play("scancel")
+    declined = start_of("12", validation).decline()
+    assert declined is not None and declined.exit_code == ExitCode.COMPLETE
+    assert play.calls("scontrol")[-1] == "requeue 12" and play.calls("scancel") == []
+    assert len(play.calls("sbatch")) == slurm.REQUEUE_TRIES
+
+
+def test_damaged_chain_is_a_line_and_an_empty_one_is_refused(chain: Asked, tmp_path: Path):
+    assert chain.root is not None
+    (chain.root / "chain.json").write_text('{"phases": ')
+    root = tmp_path / "runs"
+    [view] = look(runs_under(root), forgiving=True)
+    assert view.standing.state == "damaged"
+    (chain.root / "chain.json").write_text('{"phases": {}}')
+    with pytest.raises(ConfigError, match="A run must be one of those"):
+        find_runs("c1", root)
+
+
+def test_directory_of_a_run_is_no_chains(chain: Asked, tmp_path: Path):
+    with pytest.raises(ConfigError, match="which is a run itself"):
+        ask("--phase", "validation", "--run-dir", str(chain.links[0].paths.root))
+
+
+def test_refused_submission_leaves_no_piece_of_a_chain(chain: Asked, play: Play):
+    assert chain.root is not None
+    starts = [Start(link.paths, link.run, link.plan("slurm", ""), fresh=True) for link in chain.links]
+    take_back(starts)
+    assert not chain.root.exists()

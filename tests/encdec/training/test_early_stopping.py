@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from encdec.checkpoints import CheckpointManager
 from encdec.records import read_json_lines
 from encdec.training.config import TrainingConfig
 from encdec.training.early_stopping import EarlyStopping
+from encdec.training.judgement import Judgement
 from encdec.training.observers import Records, TextLog
 from tests.encdec.training.engine_lab import Made
 from tests.encdec.training.poison_lab import Run
@@ -92,3 +94,21 @@ def test_reason_is_printed_and_in_the_ledger_and_a_checkpoint_goes_before_the_en
     assert events[0]["reason"] == result.message.removeprefix("stopped early: ")
     assert f"stopped early: step 90, reason {events[0]['reason']}" in caplog.text
     assert run.train().step == 90  # for good
+
+
+@pytest.mark.parametrize(
+    ("come_by", "closed"),
+    [(norms(1001, 1002, 1003), ["gradient_spikes"]), (norms(1001, 1002, 999), []), (checks(*[4.0] * 6), [])],
+    ids=["explosion", "near miss", "plateau"],
+)
+def test_explosion_closes_a_gate_and_a_plateau_does_not(come_by: list, closed: list[str], tmp_path: Path):
+    """Weights that explode would otherwise start the next phase: a plateau ends a run that is complete."""
+    training = TrainingConfig()
+    judgement = Judgement(
+        training, CheckpointManager(tmp_path), (), (), warmup_steps=10, total_steps=10**6, global_batch_size=8
+    )
+    for step, norm, loss in come_by:
+        judgement.early_stopping.judge(step, norm, loss)
+    end = judgement.completion(come_by[-1][0])
+    assert [item.gate for item in (end.gates.failures if end and end.gates else ())] == closed
+    assert (end.cause if end else None) == ("gate" if closed else "complete" if len(come_by) == 6 else None)
