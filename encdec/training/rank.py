@@ -115,7 +115,7 @@ def _train(
     with storage.explained("The model must be readable", Path(run.config.model.model_name_or_path)):
         fill = run.starts_from is None
         model = make_model(run.config, tokenizer) if make_model else build_model(run.config, tokenizer, fill=fill)
-    goes_on = resume_from is not None or has_checkpoint(paths)
+    goes_on = resume_from is not None or (run.starts_from is not None and has_checkpoint(paths))
     if run.starts_from and not goes_on:
         with storage.explained("The weights to start from must be readable", Path(run.starts_from.source)):
             begin_from(run, paths, model)
