@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
+
+# before torch is loaded: tests run side by side, and threads that spin while they wait starve each other
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import json
 import signal
 import subprocess
 import sys

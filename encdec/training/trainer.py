@@ -217,7 +217,7 @@ class Qwen3EncoderDecoderTrainer:
                 report = not_finite(1, f"weights or optimizer state, after step {record.step}")
                 return self._close_gate(self.judgement.not_finite(report, self.state, applied=True))
             self.save(goes_on=not end)
-        if end and end.cause == "complete":
+        if hurried and self.judgement.completion(record.step):  # for good: nobody else makes up for it
             end = self._make_up() or end
         return end if self.state.global_step == record.step else None  # None: rolled back
 
