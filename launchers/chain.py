@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from encdec.errors import ConfigError
@@ -63,7 +63,8 @@ def asked(arguments: Namespace) -> Asked:
     if len(phases) == 1 and not (arguments.run_dir and read_chain(arguments.run_dir)):
         directory = choose_directory(arguments.run_dir, first.name, new=new)
         return Asked([Link(phases[0], first, RunPaths(directory))], None, phases[0])
-    root = choose_directory(arguments.run_dir, arguments.name or f"chain-{first.identity[:8]}", new=new)
+    runs = [first, *following(arguments, first)]
+    root = choose_directory(arguments.run_dir, arguments.name or f"chain-{runs[-1].identity[:8]}", new=new)
     if (root / "run.yaml").exists():
         raise ConfigError(
             "The directory of a chain holds its phases, each in one of its own",
@@ -71,12 +72,24 @@ def asked(arguments: Namespace) -> Asked:
             remedy="Give the chain another --name or --run-dir",
         )
     links: list[Link] = []
-    for phase in phases:
-        run = asked_run(arguments, phase, start, arguments.name and f"{arguments.name}.{phase}")
-        paths = RunPaths(root / phase)
-        links.append(proved_elsewhere(Link(phase, run, paths)) if not new else Link(phase, run, paths))
-        start = StartingPoint("gate", str(links[-1].paths.root), run.identity)
+    for phase, run in zip(phases, runs, strict=False):
+        if links:
+            run = replace(run, starts_from=StartingPoint("gate", str(links[-1].paths.root), links[-1].run.identity))
+        if arguments.name:
+            run = replace(run, name=f"{arguments.name}.{phase}")
+        link = Link(phase, run, RunPaths(root / phase))
+        links.append(link if new else proved_elsewhere(link))
     return Asked(links, root, TrainingPhase(arguments.phase))
+
+
+def following(arguments: Namespace, first: RunConfig) -> list[RunConfig]:
+    """The runs of all phases after the first one, asked for or not: together they say which chain it is."""
+    assert first.phase is not None
+    runs, before = [], first
+    for phase in after(first.phase.phase):
+        runs.append(asked_run(arguments, phase, StartingPoint("gate", "", before.identity), None))
+        before = runs[-1]
+    return runs
 
 
 def asked_phases(arguments: Namespace) -> list[TrainingPhase]:
@@ -101,10 +114,12 @@ def after(phase: TrainingPhase) -> list[TrainingPhase]:
 
 
 def proved_elsewhere(link: Link) -> Link:
-    """A first phase that has been run alone, with the same configuration, needs not be run again in the chain."""
-    alone = Link(link.phase, link.run, RunPaths((ROOT / f"{link.phase}-{link.run.identity[:8]}").absolute()))
-    first = link.run.starts_from is None and not link.paths.root.exists()
-    return alone if first and alone.passed else link
+    """A phase that has been passed with the same configuration, alone or in another chain, needs not be run again."""
+    if link.paths.root.exists():
+        return link
+    places = [ROOT / f"{link.phase}-{link.run.identity[:8]}", *sorted(ROOT.glob(f"chain-*/{link.phase}"))]
+    others = (Link(link.phase, link.run, RunPaths(place.absolute())) for place in places if place.is_dir())
+    return next((other for other in others if other.passed), link)
 
 
 def given_weights(word: str | None) -> StartingPoint | None:

@@ -42,6 +42,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def pipeline(words: Sequence[str]) -> int:
     own, flags = split(words)
+    if {"-h", "--help"} & set(own):
+        print(f"{__doc__}\nWhat stands before --:\n")
     command_line("any.yaml", "anywhere", flags)  # mistakes in the flags end before the first scale is trained
     from encdec.pipeline import __main__ as program  # loads torch
 

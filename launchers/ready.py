@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 
 from encdec.errors import MissingPrerequisite
 from encdec.files import RunPaths
+from encdec.training.promotion import read_gate
 from encdec.training.run_config import RunConfig
-from launchers.chain import Asked
+from launchers.chain import Asked, Link
 from launchers.cluster import require_devices, require_text
 from launchers.plan import Plan
 from launchers.preflight import checklist, failed, lines
@@ -87,15 +88,22 @@ def require_preflight(start: Start, arguments: Namespace) -> None:
         )
 
 
+def state_of(link: Link, start: Start) -> str:
+    """How a phase of a chain stands before the command does anything."""
+    if link.passed:
+        return "passed"
+    if start.fresh or start.paths.newest_attempt() is None:
+        return "new"
+    gate = read_gate(start.paths, link.phase)
+    return "closed" if gate and not gate.passed else "goes on"
+
+
 def show_plans(wanted: Asked, starts: Sequence[Start], *, in_full: bool) -> None:
     """The plan of a phase alone; of a chain, what its phases share, a line for each, and if ``in_full`` each plan."""
     if wanted.root is None:
         show.plan(starts[0].plan, continues=not starts[0].fresh)
         return
-    states = [
-        "passed" if link.passed else "new" if start.fresh else "goes on"
-        for link, start in zip(wanted.links, starts, strict=True)
-    ]
+    states = [state_of(link, start) for link, start in zip(wanted.links, starts, strict=True)]
     show.chain(wanted.root, [start.plan for start in starts], states, asked=wanted.phase)
     for start in starts if in_full else ():
         print()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import json
 import socket
 import time
 from collections.abc import Iterator
@@ -36,6 +37,8 @@ class RunStatus:
     """The machine on which an attempt runs outside Slurm, or None."""
     outcome: Outcome | None
     """Outcome of the newest attempt that has one."""
+    passed: bool
+    """Whether a gate file says that its phase has passed."""
 
     @property
     def running(self) -> bool:
@@ -44,7 +47,8 @@ class RunStatus:
 
     @property
     def complete(self) -> bool:
-        return self.outcome is not None and self.outcome.cause == "complete"
+        """Done and judged: a run whose gate file is lost is judged again by another attempt, without a step."""
+        return self.outcome is not None and self.outcome.cause == "complete" and self.passed
 
 
 def read_status(paths: RunPaths) -> RunStatus:
@@ -58,7 +62,17 @@ def read_status(paths: RunPaths) -> RunStatus:
     written = [attempt.outcome for attempt in attempts if attempt.outcome.is_file()]
     outcome = read_record(written[-1], Outcome) if written else None
     ended = not attempts or attempts[-1].outcome.is_file()
-    return RunStatus(numbers, None if ended else host_of(attempts[-1]), outcome)
+    return RunStatus(numbers, None if ended else host_of(attempts[-1]), outcome, has_passed(paths))
+
+
+def has_passed(paths: RunPaths) -> bool:
+    """Whether one of its gate files says so; a damaged one says nothing."""
+    for file in paths.gates.glob("*.json"):
+        with contextlib.suppress(OSError, ValueError):
+            verdict = json.loads(file.read_text(encoding="utf-8"))
+            if isinstance(verdict, dict) and verdict.get("passed") is True:
+                return True
+    return False
 
 
 def host_of(attempt: AttemptPaths) -> str | None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from encdec.command_line import Help, Parser, exit_code_of
-from encdec.errors import ExitCode
+from encdec.errors import ConfigError, ExitCode
 from encdec.gates import GateLevel
 from encdec.pipeline.config import Launch, PipelineConfig
 from encdec.pipeline.results import ScaleResult, print_results
@@ -126,6 +126,8 @@ def validate(arguments: argparse.Namespace) -> int:
 
 
 def scales(arguments: argparse.Namespace) -> int:
+    if arguments.vocabulary < 1:
+        raise ConfigError("--vocabulary must be at least 1", found=arguments.vocabulary, remedy="Give it rows")
     if arguments.json:
         print(json.dumps(scale_records(arguments.vocabulary), indent=2))
     else:
@@ -134,6 +136,8 @@ def scales(arguments: argparse.Namespace) -> int:
 
 
 def suite(arguments: argparse.Namespace) -> int:
+    if arguments.items < 1:
+        raise ConfigError("--items must be at least 1", found=arguments.items, remedy="Give it a positive number")
     path = write_seed_suite(arguments.metric, arguments.out, items=arguments.items, seed=arguments.seed)
     print(f"{path}: {arguments.items} questions for eval_benchmarks.{arguments.metric}")
     return ExitCode.COMPLETE

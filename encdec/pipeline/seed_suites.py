@@ -81,13 +81,19 @@ def write_seed_suite(metric: str, path: str | Path, *, items: int = 200, seed: i
         items: how many.
 
     Raises:
-        ConfigError: none is made for that metric.
-        OSError: it cannot be written.
+        ConfigError: none is made for that metric, or the file cannot be written.
     """
     if metric not in SEED_SUITES:
         raise ConfigError(
             "A suite is made for " + " and ".join(SEED_SUITES), found=metric, remedy="Supply a file of your own"
         )
     lines = [json.dumps(item) for item in SEED_SUITES[metric](items, seed)]
-    atomic_write_text(Path(path), "\n".join(lines) + "\n")
+    try:
+        atomic_write_text(Path(path), "\n".join(lines) + "\n")
+    except OSError as error:
+        raise ConfigError(
+            "A suite is written to a file in a folder that is there",
+            found=f"{path} ({error.strerror})",
+            remedy="Make the folder, or choose another file",
+        ) from None
     return Path(path)

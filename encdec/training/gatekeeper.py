@@ -62,7 +62,7 @@ class Gatekeeper:
         replaced = {gate.name for gate in self._quick} - {gate.name for gate in standard}
         self._standard = with_custom(standard, (gate for gate in self._custom if gate.name not in replaced))
         self._every, self._warmup_steps = every, warmup_steps
-        self._state: dict[str, Any] = {"passed": 0, "steps": 0, "grad_norms": 0.0, "evidence": []}
+        self._state: dict[str, Any] = {"passed": 0, "steps": 0, "grad_norms": 0.0, "evidence": {}}
         self._speeds: list[float] = []
 
     @property
@@ -72,8 +72,9 @@ class Gatekeeper:
 
     @property
     def evidence(self) -> GateReport:
-        """The newest verdicts of STANDARD and custom gates, all passed; empty before the first."""
-        return GateReport(tuple(Evidence(**item) for item in self._state["evidence"]))
+        """The newest verdicts of each level, all passed; empty before the first."""
+        levels = self._state["evidence"].values()
+        return GateReport(tuple(Evidence(**item) for level in levels for item in level))
 
     def after_step(self, step: int, grad_norm: float, tokens_per_second: float) -> None:
         """Take in one step; every step comes by here once."""
@@ -82,18 +83,18 @@ class Gatekeeper:
             self._state["steps"] += 1
             self._state["grad_norms"] += grad_norm
 
-    def owed(self, step: int, *, checkpoint: bool) -> list[GateLevel]:
+    def owed(self, step: int, *, checkpoint: bool, last: bool = False) -> list[GateLevel]:
         """The levels to be judged at ``step``, and not judged there yet; the quickest first.
 
         Args:
             checkpoint: the step has a scheduled checkpoint.
+            last: training ends here: what was asked for is judged once at least, however short it was.
         """
         if step in (0, self.last_passed):
             return []
         at_checkpoint = checkpoint and step > self._warmup_steps
-        return [GateLevel.QUICK] * bool(self._quick and step % self._every == 0) + [GateLevel.STANDARD] * bool(
-            self._standard and at_checkpoint
-        )
+        quick = self._quick and (last or step % self._every == 0)
+        return [GateLevel.QUICK] * bool(quick) + [GateLevel.STANDARD] * bool(self._standard and at_checkpoint)
 
     def judge(self, level: GateLevel, step: int, losses: LossHistory, evaluation: Mapping[str, float]) -> GateReport:
         """The verdicts of one level; collective where a gate asks for the speed.
@@ -110,8 +111,10 @@ class Gatekeeper:
             gates = tuple(gate for gate in gates if gate.metric_name != SPEED)
         asked = {gate.metric_name for gate in gates}
         report = judge(gates, self._measure(step, losses, evaluation, asked))
-        if level == GateLevel.STANDARD and report.passed:
-            self._state["evidence"] = [item.to_json() for item in report.evidence]
+        if report.passed:
+            self._state["evidence"] = {
+                **self._state["evidence"], str(level): [item.to_json() for item in report.evidence]
+            }  # fmt: skip
         return report
 
     def passed(self, step: int, levels: Iterable[GateLevel]) -> None:

@@ -98,7 +98,7 @@ class Judgement:
             checkpoint: the step has a scheduled checkpoint.
         """
         step = state.global_step
-        levels = self.gatekeeper.owed(step, checkpoint=checkpoint)
+        levels = self.gatekeeper.owed(step, checkpoint=checkpoint, last=bool(self.completion(step)))
         for level in levels:
             report = self.gatekeeper.judge(level, step, self.losses, state.metrics)
             if report.failures:

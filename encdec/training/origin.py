@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from blake3 import blake3
+from safetensors import SafetensorError
 from torch import nn
 
 from encdec import distributed
@@ -15,10 +16,11 @@ from encdec.checkpoints.manifest import MANIFEST, read_manifest, verify
 from encdec.checkpoints.payload import open_weights
 from encdec.checkpoints.stored import feed_tensor, require_same_model
 from encdec.checkpoints.weights import digest_weights
-from encdec.errors import CheckpointError, ConfigError
+from encdec.errors import CheckpointError, ConfigError, RunDirectoryError, UnreadableCheckpoint
 from encdec.files import RunPaths, atomic_write_json
 from encdec.modeling_qwen3_encdec import Qwen3ForSeq2SeqLM
-from encdec.training.promotion import Origin, require_passed
+from encdec.training.execution import StartingPoint
+from encdec.training.promotion import GateFile, Origin, gate_path, read_origin, require_passed
 from encdec.training.run_config import RunConfig
 
 log = logging.getLogger("encdec.train")
@@ -28,6 +30,20 @@ REMEDY = "Give weights of the model that the configuration describes"
 def has_checkpoint(paths: RunPaths) -> bool:
     """Whether a checkpoint of the run itself lies there to go on from; the same on all ranks."""
     return distributed.on_rank_zero(lambda: bool(committed(paths.checkpoints)))
+
+
+def require_origin(run: RunConfig, paths: RunPaths) -> None:
+    """A run that goes on says which weights it has begun from; the same on all ranks.
+
+    Raises:
+        RunDirectoryError: it does not any more.
+    """
+    if run.starts_from and distributed.on_rank_zero(lambda: read_origin(paths)) is None:
+        raise RunDirectoryError(
+            "A run that has begun from other weights than its configured ones says which",
+            found=f"no {paths.origin}",
+            remedy="Restore the file from a copy, or begin the phase anew in another directory",
+        )
 
 
 def require_weights(run: RunConfig, *, goes_on: bool, step: int) -> None:
@@ -61,16 +77,16 @@ def begin_from(run: RunConfig, paths: RunPaths, model: nn.Module) -> None:
     )
     gate = require_passed(start, run.phase.phase) if start.kind == "gate" else None
     source = Path(start.source) / "checkpoints" / str(gate.checkpoint) if gate else Path(start.source)
-    if (source / MANIFEST).is_file():
-        distributed.on_rank_zero_however_long(lambda: verify(source))
+    if gate or (source / MANIFEST).is_file():
+        distributed.on_rank_zero_however_long(lambda: require_sound(source, gate, start))
         found = fill_from_checkpoint(model, source)
     else:
         found = fill_from_pretrained(model, start.source)
     if gate and found != gate.weights_digest:
-        raise CheckpointError(
+        raise RunDirectoryError(
             f"{run.phase.phase} starts from the weights that were judged",
             found=f"weights {found[:16]} in {source}, while the gate was passed by {str(gate.weights_digest)[:16]}",
-            remedy="Restore that checkpoint, or run the phase before again in a new directory",
+            remedy=again(gate, start),
         )
     origin = Origin(
         kind=start.kind, source=str(source) if gate else start.source, proved=gate is not None, weights_digest=found,
@@ -79,6 +95,36 @@ def begin_from(run: RunConfig, paths: RunPaths, model: nn.Module) -> None:
     distributed.on_rank_zero(lambda: atomic_write_json(paths.origin, origin.to_json()))
     log.info(
         "%s from %s, weights %s", "begins" if origin.proved else "begins, without proof,", origin.source, found[:16]
+    )
+
+
+def require_sound(source: Path, gate: GateFile | None, start: StartingPoint) -> None:
+    """The checkpoint must verify.
+
+    Raises:
+        RunDirectoryError: it does not, and a gate was passed by it.
+        CheckpointError: it does not.
+    """
+    try:
+        verify(source)
+    except UnreadableCheckpoint:
+        raise
+    except CheckpointError as error:
+        if gate is None:
+            raise
+        raise RunDirectoryError(
+            f"The weights that passed the gate of {gate.phase} must be there",
+            found=f"{error.rule}: {error.found}",
+            remedy=again(gate, start),
+        ) from None
+
+
+def again(gate: GateFile, start: StartingPoint) -> str:
+    """What to do about weights that are not those that were judged."""
+    file = gate_path(RunPaths(Path(start.source)), gate.phase)
+    return (
+        f"Restore the checkpoint; or delete {file} and give the submit command again: {gate.phase} then goes on from "
+        "its newest valid checkpoint and is judged anew"
     )
 
 
@@ -108,7 +154,7 @@ def fill_from_pretrained(model: nn.Module, name_or_path: str) -> str:
     """
     try:
         given = Qwen3ForSeq2SeqLM.from_pretrained(name_or_path, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(
             "--from-weights must name a checkpoint, or a model directory or hub id of this architecture",
             found=f"{name_or_path} ({' '.join(str(error).split())[:200]})",

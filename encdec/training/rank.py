@@ -30,7 +30,7 @@ from encdec.training.build import build_model, build_trainer, prepare_text
 from encdec.training.config import FullConfig
 from encdec.training.execution import LoopGates, TrainingPhase
 from encdec.training.finish import check_sanity, finish
-from encdec.training.origin import begin_from, has_checkpoint, require_weights
+from encdec.training.origin import begin_from, has_checkpoint, require_origin, require_weights
 from encdec.training.run_config import RunConfig, read_run_config
 from encdec.training.signals import Requests
 from encdec.training.trainer import Qwen3EncoderDecoderTrainer
@@ -119,6 +119,8 @@ def _train(
     if run.starts_from and not goes_on:
         with storage.explained("The weights to start from must be readable", Path(run.starts_from.source)):
             begin_from(run, paths, model)
+    if resume_from is None:
+        require_origin(run, paths)
     if run.phase and run.phase.phase == TrainingPhase.SANITY_CHECK:
         check_sanity(model, tokenizer, paths)
     distributed.on_rank_zero(lambda: keep_model_files(model, tokenizer, paths.model))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -40,6 +41,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add_size(where)
     arguments = parser.parse_args(argv)
     check(arguments)
+    memory = arguments.gpu_memory_gb
+    if memory is not None and not 0 < memory < math.inf:
+        raise ConfigError(
+            "--gpu-memory-gb must be a positive number", found=memory, remedy="Give 80 for an A100 of 80 GB"
+        )
     return arguments
 
 

@@ -10,11 +10,13 @@ import psutil
 
 from encdec.errors import EncdecError
 from encdec.estimates import FP32_BYTES, GIGABYTE, estimate_rank_memory
+from encdec.files import MANIFEST
 from encdec.training.model_sizes import model_size
 from encdec.training.run_config import RunConfig
 from launchers.cluster import require_text
 from launchers.preflight import hub
 from launchers.preflight.check import Check
+from launchers.preflight.storage import damage
 
 ESTIMATE_AT_MOST_ABOVE = 1.3
 """What a rank needs is at least the estimate over this (tests/encdec/training/test_rank_memory.py)."""
@@ -52,7 +54,17 @@ def check_weights(run: RunConfig) -> Check:
     """What the model starts from."""
     model, kind = run.config.model, "weights"
     name = model.model_name_or_path
-    if model.from_scratch:
+    if run.starts_from and run.starts_from.kind == "gate":
+        return Check(kind, "ok", f"those that pass the gate of {run.starts_from.source}")
+    if run.starts_from:
+        name = run.starts_from.source
+        if (Path(name) / MANIFEST).is_file():
+            problem = damage(Path(name))
+            remedy = "Give another checkpoint: python -m encdec.checkpoints verify says more"
+            return (
+                Check(kind, "fail", f"{name}: {problem}", remedy) if problem else Check(kind, "ok", f"{name}, unproved")
+            )
+    elif model.from_scratch:
         return Check(kind, "ok", "random initial weights")
     if Path(name).is_dir():
         found = [pattern for pattern in ("config.json", "*.safetensors") if any(Path(name).glob(pattern))]

@@ -22,6 +22,8 @@ from launchers.plan import Plan
 from launchers.run_directory import why_no_room
 from launchers.views.progress import make_console
 
+NOT_ASKED = -1e6
+"""A fall of the loss below which nothing is asked for."""
 SPARKS = "▁▂▃▄▅▆▇█"
 ASCII_SPARKS = "_.-:=+*#"
 
@@ -84,7 +86,7 @@ def chain(root: Path, plans: Sequence[Plan], states: Sequence[str], *, asked: st
     """Print the plan of a chain: what its phases share, then a line for each.
 
     Args:
-        states: of each phase: passed | goes on | new.
+        states: of each phase: passed | closed | goes on | new.
         asked: the first phase that was asked for by name.
     """
     last = plans[-1]
@@ -205,7 +207,8 @@ def progress_rows(paths: RunPaths, run: RunConfig, outcome: Outcome | None) -> d
     spark = sparkline([record["loss"] for record in steps])
     if outcome and outcome.first_loss is not None and outcome.last_loss is not None:
         first, last = outcome.first_loss, outcome.last_loss
-        asked = f", at least {run.phase.min_loss_decrease:g} asked" if run.phase else ""
+        least = run.phase.min_loss_decrease if run.phase else NOT_ASKED
+        asked = f", at least {least:g} asked" if least > NOT_ASKED else ""
         rows["loss"] = f"{first:.4f} -> {last:.4f}  {spark}  fell by {first - last:.4f}{asked}"
     else:
         rows["loss"] = f"{steps[0]['loss']:.4f} -> {steps[-1]['loss']:.4f}  {spark}"

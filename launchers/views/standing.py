@@ -107,7 +107,7 @@ def standing(
     if newest or last:
         what = "ended without a word" if newest else "ended before its first attempt"
         return Standing(State.LOST, what + how, last)
-    return Standing(State.NEW, "not started")
+    return Standing(State.NEW, f"not started: {after} has not passed its gate" if after else "not started")
 
 
 def of_a_live_job(job: str, said: JobState) -> tuple[State, str]:

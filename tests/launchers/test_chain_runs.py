@@ -137,7 +137,7 @@ def test_given_weights_start_a_phase_without_proof(lab: Lab, chain: Path):
 @pytest.mark.parametrize(
     ("change", "code", "words"),
     [
-        ({"weights_digest": "00" * 32}, 1, "starts from the weights that were judged"),
+        ({"weights_digest": "00" * 32}, 78, "starts from the weights that were judged"),
         ({"identity": "00" * 32}, 3, "a verdict on another configuration"),
     ],
 )
@@ -150,3 +150,18 @@ def test_weights_other_than_those_that_were_judged_start_nothing(change, code: i
     ended, output = lab.run("launchers.submit", *arguments, *lab.arguments())
     assert (ended, words in plain(output)) == (code, True), output
     assert losses(RunPaths(root / "validation")) == {}
+
+
+def test_lost_weights_are_made_again_as_the_refusal_says(lab: Lab, chain: Path):
+    root = lab.root / "chain"
+    shutil.copytree(chain / "sanity_check", root / "sanity_check")
+    first = RunPaths(root / "sanity_check")
+    shutil.rmtree(first.checkpoints / "step-60")
+    code, output = submit_chain(lab, root)
+    assert code == 78, output
+    assert "The weights that passed the gate of sanity_check must be there" in plain(output)
+    (first.gates / "sanity_check.json").unlink()
+    code, output = submit_chain(lab, root)
+    assert code == 0, output
+    assert verdict(root, "validation").weights_digest == verdict(chain, "validation").weights_digest
+    assert len(first.attempt_numbers()) == 2  # the second from its newest checkpoint

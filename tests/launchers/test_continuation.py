@@ -343,6 +343,9 @@ def test_complete_run_is_not_run_again(start: Continuation):
     attempt = start.paths.attempt(start.paths.claim_attempt())
     done = Outcome(cause="complete", exit_code=0, step=60, checkpoint="step-60", message="")
     atomic_write_json(attempt.outcome, done.to_json())
+    assert start.decline() is None  # without its gate file it is judged again
+    start.paths.gates.mkdir(exist_ok=True)
+    atomic_write_json(start.paths.gates / "sanity_check.json", {"passed": True})
     answer = start.decline()
     assert answer is not None and (answer.reason, answer.exit_code) == ("the run is complete", 0)
 

@@ -242,7 +242,8 @@ def test_passed_gates_leave_their_evidence(made: Made, tmp_path: Path):
     run = Run(made, tmp_path, {"num_train_steps": 20, "warmup_steps": 2}, gates=BOTH)
     result = run.train()
     assert result.cause == "complete"
-    assert [item.gate for item in result.gates.evidence] == ["loss_reasonable", "no_nan", "gradient_norm", "perplexity"]
+    quick = ["loss_reasonable", "no_nan"]  # at the end, however short the run
+    assert [item.gate for item in result.gates.evidence] == [*quick, *quick, "gradient_norm", "perplexity"]
     assert run.train() == result
     stopped = Run(made, tmp_path / "stopped", run.settings, gates=BOTH)
     stopped.train({10: SIGNAL})
