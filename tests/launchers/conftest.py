@@ -21,6 +21,7 @@ from encdec.records import (
     event,
 )
 from encdec.training.execution import TrainingPhase
+from encdec.training.promotion import GateFile
 from encdec.training.run_config import resolve_run
 from launchers import slurm
 from tests.conftest import MICRO
@@ -91,7 +92,10 @@ class Story:
         outcome = Outcome(cause=cause, exit_code=exit_code, step=9, checkpoint="step-9", message=f"said {cause}")
         atomic_write_json(self.newest.outcome, outcome.to_json())
         if cause == "complete":
-            atomic_write_json(self.paths.gates / "sanity_check.json", {"passed": True})
+            GateFile(
+                phase=TrainingPhase.SANITY_CHECK, passed=True, identity="", step=9, checkpoint="step-9",
+                weights_digest="ab", first_loss=7.0, last_loss=5.0, time=1.0,
+            ).write(self.paths)  # fmt: skip
 
     def tell(self, kind: str, *, node: int = 0, **facts: Any) -> None:
         with JsonLinesWriter(self.newest.events(f"node-{node}")) as ledger:
