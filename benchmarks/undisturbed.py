@@ -112,7 +112,8 @@ def end_of(paths: RunPaths) -> dict[str, Any]:
         "steps": {record["step"]: [record[name] for name in OF_THE_RUN] for record in records_of(paths)},
         "evaluations": {e["step"]: (e["loss"], e["perplexity"]) for e in told if e["event"] == "evaluated"},
         "result": result.to_json(),
-        "gate": {name: value for name, value in gate.items() if name != "time"},
+        # by its identity a run says how it saves, too, and some of these save otherwise than their twin
+        "gate": {name: value for name, value in gate.items() if name not in ("time", "identity")},
     }
 
 
