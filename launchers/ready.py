@@ -15,7 +15,6 @@ from encdec.training.run_config import RunConfig
 from launchers.chain import Asked, Link
 from launchers.cluster import require_devices, require_text
 from launchers.plan import Plan
-from launchers.preflight import checklist, failed, lines
 from launchers.run_directory import make_or_find, note
 from launchers.run_status import read_status
 from launchers.script import require_plain_path
@@ -78,6 +77,8 @@ def require_preflight(start: Start, arguments: Namespace) -> None:
     Raises:
         MissingPrerequisite: a check fails.
     """
+    from launchers.preflight import checklist, failed, lines  # not loaded by every submission
+
     checks = checklist(start.run, start.paths, gpu_memory_gb=arguments.cluster_file.gpu_memory_gb)
     print(*lines(checks), "", sep="\n")
     if failed(checks):

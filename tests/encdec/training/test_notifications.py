@@ -25,9 +25,6 @@ from tests.conftest import MICRO, Lab, wait_until
 
 VARIABLE = "TEST_NOTIFY_URLS"
 SECRET = "s3cr3t-token"
-NEEDS_APPRISE = pytest.mark.skipif(
-    importlib.util.find_spec("apprise") is None, reason="needs apprise: python -m pip install apprise"
-)
 A_MESSAGE = Message("run: loss_spike", "attempt 0, step 7: loss 9 is above 8", "warning")
 
 
@@ -78,7 +75,6 @@ def inbox(monkeypatch) -> Iterator[Inbox]:
 # ---- through the library, over HTTP
 
 
-@NEEDS_APPRISE
 def test_a_message_arrives_with_title_body_and_tone(inbox: Inbox):
     sender = Sender(open_addresses(VARIABLE))
     sender.send(A_MESSAGE)
@@ -88,7 +84,6 @@ def test_a_message_arrives_with_title_body_and_tone(inbox: Inbox):
     assert post["path"] == f"/{SECRET}"
 
 
-@NEEDS_APPRISE
 def test_every_address_gets_it_though_another_fails(inbox: Inbox, monkeypatch, caplog):
     monkeypatch.setenv(VARIABLE, f"json://127.0.0.1:1/{SECRET} {inbox.url}")  # nobody listens on port 1
     caplog.set_level(logging.DEBUG)
@@ -102,7 +97,6 @@ def test_every_address_gets_it_though_another_fails(inbox: Inbox, monkeypatch, c
     assert not [r for r in caplog.records if r.name == "apprise"]
 
 
-@NEEDS_APPRISE
 def test_a_refusing_server_is_one_warning(inbox: Inbox, caplog):
     inbox.status = 500
     sender = Sender(open_addresses(VARIABLE))
@@ -113,7 +107,6 @@ def test_a_refusing_server_is_one_warning(inbox: Inbox, caplog):
     assert [r.levelname for r in caplog.records if "was not sent" in r.message] == ["WARNING"]
 
 
-@NEEDS_APPRISE
 def test_a_hanging_server_stalls_nobody(inbox: Inbox, caplog):
     inbox.gate.clear()
     sender = Sender(open_addresses(VARIABLE), seconds_to_send=0.2)
@@ -125,7 +118,6 @@ def test_a_hanging_server_stalls_nobody(inbox: Inbox, caplog):
     assert "not all notifications were sent" in caplog.text
 
 
-@NEEDS_APPRISE
 def test_an_address_that_nobody_understands_is_refused_unseen(monkeypatch, inbox: Inbox, caplog, capfd):
     monkeypatch.setenv(VARIABLE, f"{inbox.url} nonsense://{SECRET}")
     with pytest.raises(MissingPrerequisite, match="number 2 of 2") as refusal:
@@ -167,7 +159,6 @@ def test_missing_library_is_said_before_training(monkeypatch):
     require_notifications(None)  # off: nothing is needed
 
 
-@NEEDS_APPRISE
 def test_it_is_said_where_training_starts_and_where_it_is_submitted_from(monkeypatch):
     for name in (VARIABLE, "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
@@ -182,7 +173,6 @@ def test_it_is_said_where_training_starts_and_where_it_is_submitted_from(monkeyp
     require_ranks(run.config.infra)  # only the first rank tells people
 
 
-@NEEDS_APPRISE
 @pytest.mark.parametrize("value", [None, "", "  "])
 def test_missing_variable_is_said_before_training(monkeypatch, value):
     monkeypatch.delenv(VARIABLE, raising=False)
@@ -257,7 +247,6 @@ def test_alerts_are_told_seldom_and_each_type_for_itself():
 # ---- a real run
 
 
-@NEEDS_APPRISE
 def test_a_real_run_tells_of_its_alerts_and_its_closed_gate_and_keeps_the_secret(lab: Lab, inbox: Inbox):
     arguments = lab.arguments(
         "--phase", "sanity_check", "--set", "infra.num_gpus=1", "--set", "phases.sanity_check.num_train_steps=10",
