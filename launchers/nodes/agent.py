@@ -16,7 +16,7 @@ from typing import Any
 
 from encdec.files import AttemptPaths
 from encdec.records import JsonLinesWriter, RankResult, Refusal, event, read_record, read_steps
-from launchers.nodes.forkserver import early_signals
+from launchers.nodes.forkserver import EARLY, early_signals
 from launchers.nodes.outcomes import DEADLINE, WARNINGS, AttemptFacts
 from launchers.nodes.parts import NodeJob, RankGroup, Watcher
 
@@ -64,6 +64,8 @@ class NodeAgent:
         try:
             ended_well = supervise(self, self.paths.rank_logs(self.job.node_rank))
         finally:
+            # what asks to save waits from here on: this process may become the job of the next phase
+            signal.pthread_sigmask(signal.SIG_BLOCK, EARLY)
             self._events.close()
         result = read_record(self.paths.result, RankResult) if ended_well and self.paths.result.is_file() else None
         refusal = read_record(self.paths.error, Refusal) if self.paths.error.is_file() else None

@@ -20,6 +20,7 @@ from encdec.training.run_config import read_run_config
 from launchers import slurm
 from launchers.chain_file import chain_of, later_phases, read_chain
 from launchers.jobs import jobs_of, newest_jobs, submission
+from launchers.nodes.allocation import Announcement, announcement, read_allocation
 from launchers.run_directory import code_environment, note
 from launchers.run_status import read_status
 
@@ -99,7 +100,8 @@ def tell(paths: RunPaths, why: str) -> None:
 def next_phase_here(paths: RunPaths) -> RunPaths | None:
     """The phase with which this job goes on itself, now that its own is over; None where it ends.
 
-    Every node decides by the same files: the chain's, and the gate that the head node has written.
+    Every node decides by the same files: the chain's, and the gate that the head node has written. Whether the next
+    phase is put off, its own announcement says.
     """
     root = chain_of(paths)
     record = read_chain(root) if root else None
@@ -108,11 +110,21 @@ def next_phase_here(paths: RunPaths) -> RunPaths | None:
         return None
     run = read_run_config(paths)
     gate = read_gate(paths, run.phase.phase) if run.phase else None
-    return later if gate and gate.passed and gate.identity == run.identity else None
+    proved = gate is not None and gate.passed and gate.identity == run.identity
+    return later if proved and not is_declined(later) else None
+
+
+def is_declined(paths: RunPaths) -> bool:
+    """Whether the head node has said that this start of the job does not run the phase."""
+    allocation = read_allocation(os.environ)
+    told = announcement(allocation, paths) if allocation else None
+    return told is not None and told.is_file() and read_record(told, Announcement).attempt is None
 
 
 def go_on(paths: RunPaths) -> NoReturn:
-    """Become the job of the next phase, with its own snapshot of the code; signals that wait stay with the process."""
+    """Become the job of the next phase, with its own snapshot of the code. The signals that the agent has blocked at
+    its end, and which would kill a starting Python, stay with the process.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     environment = {**os.environ, **code_environment(paths)}

@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from encdec.errors import ExitCode
 from encdec.files import AttemptPaths, RunPaths, atomic_write_json
@@ -29,7 +29,7 @@ from encdec.records import (
 from launchers import slurm
 from launchers.launch_options import PastAttempt, lead_seconds, read_launch_options, why_given_up
 from launchers.nodes import chain
-from launchers.nodes.allocation import Allocation, Declined
+from launchers.nodes.allocation import Allocation, Declined, decline
 from launchers.nodes.outcomes import Move, next_move, node_to_blame
 from launchers.run_status import read_status
 
@@ -194,6 +194,24 @@ class Continuation:
             self._cancel_successor(ledger)
         elif ending is slurm.Ending.PREEMPTED and self._successor is None and not self._given_up():
             self._queue_successor(ledger)
+        if stop_signal and (following := chain.next_phase_here(self.paths)):
+            Continuation(following, self.allocation).put_off(outcome, stop_signal, ledger)
+
+    def put_off(self, before: Outcome, stop_signal: str, ledger: JsonLinesWriter) -> None:
+        """The phase does not begin in this start of the job, which was asked to stop just when the phase before was
+        over.
+
+        Args:
+            before: of the phase before.
+            ledger: of the phase before.
+        """
+        ending = self._ending()
+        move = next_move(replace(before, cause="signalled"), stop_signal, ending)
+        reason = f"{stop_signal} came in the phase before"
+        decline(self.allocation, self.paths, Declined(reason, ExitCode.COMPLETE))  # first: a requeue ends this process
+        ledger.write(event("next_phase_put_off", move=move, ending=ending, detail=reason))
+        if move is Move.AGAIN:
+            self._go_on(ledger)
 
     # ---- parts
 

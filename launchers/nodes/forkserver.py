@@ -6,6 +6,8 @@ import multiprocessing
 import multiprocessing.forkserver
 import signal
 
+EARLY = (signal.SIGUSR2, signal.SIGTERM)
+"""Signals that ask to save."""
 early_signals: list[str] = []
 """Names of the signals that came before the agent could listen."""
 
@@ -14,11 +16,13 @@ def listen_early() -> None:
     """Note the signals that ask to save until the agent listens; nothing else has come into being that could save.
 
     A cluster's warning may also reach all processes of a job, and would kill those without a handler. So it is blocked
-    from here on: the helpers stay so, the agent unblocks it when it listens, ranks when they ignore it.
+    from here on: the helpers stay so, the agent unblocks it when it listens, ranks when they ignore it. SIGTERM was
+    blocked if this process was the job of the phase before; no helper may be deaf to it.
     """
-    for number in (signal.SIGUSR2, signal.SIGTERM):
+    for number in EARLY:
         signal.signal(number, lambda number, frame: early_signals.append(signal.Signals(number).name))
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 def start_forkserver() -> None:

@@ -95,6 +95,8 @@ def what_followed(ledger: Iterable[Mapping[str, Any]]) -> list[str]:
                 words.append(f"successor {job} cancelled" if detail is None else f"successor {job} stays: {detail}")
             case "requeue_refused" | "successor_refused":
                 words.append(f"{kind.replace('_', ' ')}: {detail}")
+            case "next_phase_put_off":
+                words.append(f"next phase put off: {detail}")
             case "next":
                 words += decision(record)
     return words

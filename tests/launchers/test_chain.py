@@ -23,8 +23,9 @@ from launchers.chain_file import label, later_phases, runs_of, write_chain
 from launchers.control import cancel
 from launchers.names import find_run, find_runs, runs_under
 from launchers.nodes.allocation import Allocation
-from launchers.nodes.chain import take_along
+from launchers.nodes.chain import next_phase_here, take_along
 from launchers.nodes.continuation import Continuation
+from launchers.nodes.outcomes import DEADLINE
 from launchers.ready import Start
 from launchers.start import note_chain, take_back
 from launchers.views.overview import look
@@ -346,6 +347,44 @@ def test_successor_takes_the_later_phases_along_in_a_chain_that_is_one_job(chain
         queued(paths, "11")
     take_along(sanity, "15")
     assert [json.loads(paths.job.read_text())["job"] for paths in (sanity, validation, medium)] == ["11", "15", "15"]
+
+
+RUNNING = "JobState=RUNNING Restarts=0 StartTime=2026-01-01T00:00:00 EndTime=2026-01-01T01:00:00"
+CANCELLED = RUNNING.replace("RUNNING", "CANCELLED")
+# (what the agent of the phase before heard, what Slurm says of the job) -> (the next phase begins, the job is requeued)
+ASKED_TO_STOP = {
+    "not": (None, RUNNING, True, False),
+    "warned": ("SIGUSR2", RUNNING, False, True),
+    "the time is up": (DEADLINE, RUNNING, False, True),
+    "cancelled": ("SIGTERM", CANCELLED, False, False),
+    "requeued by somebody": ("SIGTERM", RUNNING.replace("Restarts=0", "Restarts=1"), False, False),
+    "Ctrl-C": ("SIGINT", RUNNING, False, False),
+}
+
+
+@pytest.mark.parametrize("case", ASKED_TO_STOP)
+def test_phase_that_ends_as_its_job_is_asked_to_stop_is_followed_by_none(
+    case: str, chain: Asked, play: Play, monkeypatch: pytest.MonkeyPatch
+):
+    stop_signal, facts, begins, requeued = ASKED_TO_STOP[case]
+    assert chain.root is not None
+    sanity, validation = (link.paths for link in chain.links[:2])
+    write_chain(chain.root, {}, in_one_allocation=True)
+    for link in chain.links:
+        queued(link.paths, "11")
+    number = sanity.claim_attempt()
+    outcome = Outcome(cause="complete", exit_code=0, step=60, checkpoint="step-60", message="done")
+    atomic_write_json(sanity.attempt(number).outcome, outcome.to_json())
+    gate(chain.links[0].run).write(sanity)
+    play("scontrol", f"JobId=11 {facts}\n")
+    with JsonLinesWriter(sanity.attempt(number).events("node-0")) as ledger:
+        start_of("11", sanity).end(outcome, stop_signal, ledger)
+    for name, value in {"SLURM_PROCID": "1", "SLURM_JOB_ID": "11", "SLURM_STEP_ID": "0"}.items():
+        monkeypatch.setenv(name, value)  # any node of this start
+    assert next_phase_here(sanity) == (validation if begins else None)
+    assert any(call.startswith("requeue") for call in play.calls("scontrol")) == requeued
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # the job's next start
+    assert next_phase_here(sanity) == validation
 
 
 def test_run_that_is_given_up_ends_the_chain(chain: Asked, play: Play):

@@ -138,8 +138,9 @@ def test_chain_in_one_allocation_is_one_job(chain: Chain, undisturbed: dict[str,
     second, job = chain.runs["validation"], chain.job("validation")
     wait_until(lambda: second.attempt(0).steps.exists(), "the second phase begins")
     wait_for_step(second, 5)
-    assert chain.status()["medium"]["words"] == f"waits for validation in job {job}, which is RUNNING"
-    chain.cluster.slurm("scancel", "--signal=USR2", job)
+    with standing_still(second):  # the phase would be over before status has told
+        assert chain.status()["medium"]["words"] == f"waits for validation in job {job}, which is RUNNING"
+        chain.cluster.slurm("scancel", "--signal=USR2", job)
     eventually(lambda: chain.cluster.state(job) == "PENDING", 60)
     lift_hold(chain.cluster.sandbox, job)
     code, output = chain.submit("--in-one-allocation", "--wait")
@@ -147,6 +148,24 @@ def test_chain_in_one_allocation_is_one_job(chain: Chain, undisturbed: dict[str,
     assert [len(chain.runs[phase].attempt_numbers()) for phase in PHASES] == [1, 2, 1]
     assert all(losses(chain.runs[phase]) == losses(undisturbed[phase]) for phase in PHASES)
     eventually(lambda: chain.cluster.history(job) == ["REQUEUED", "COMPLETED"], 10)
+
+
+def test_warning_at_any_moment_between_two_phases_of_one_job(
+    chain: Chain, undisturbed: dict[str, RunPaths], eventually: Eventually
+):
+    """Before, while and after the job becomes that of the next phase: it lives, and is started again."""
+    code, output = chain.submit("--in-one-allocation", through="validation")
+    assert code == 0, output
+    first, job = chain.runs["sanity_check"], chain.job("validation")
+    wait_until(lambda: first.attempt(0).result.is_file(), "the first phase's ranks have ended")
+    while chain.cluster.state(job) == "RUNNING":
+        chain.cluster.slurm("scancel", "--signal=USR2", job)
+    eventually(lambda: chain.cluster.state(job) == "PENDING", 60)
+    lift_hold(chain.cluster.sandbox, job)
+    code, output = chain.submit("--in-one-allocation", "--wait", through="validation")
+    assert code == 0, output
+    assert all(losses(chain.runs[phase]) == losses(undisturbed[phase]) for phase in PHASES[:2])
+    assert first.attempt_numbers() == [0]
 
 
 def test_successors_of_a_phase_are_waited_for(chain: Chain, undisturbed: dict[str, RunPaths], eventually: Eventually):
