@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForSeq2SeqLM, Qwen3Config
 from transformers.initialization import no_init_weights
 
@@ -73,10 +73,10 @@ def build_from_pretrained(
         return allocate(Qwen3EncoderDecoderConfig.from_pretrained(directory), torch.float32)
     try:
         return Qwen3ForSeq2SeqLM.from_pretrained(directory, dtype=torch.float32)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise MissingPrerequisite(
             "a model's directory must have its weights",
-            found=f"none that can be read in {directory}",
+            found=f"none that can be read in {directory}: {type(error).__name__}",
             remedy="Export them with python -m encdec.checkpoints export RUN DIR, or download the model again",
         ) from error
 
@@ -194,9 +194,16 @@ def _read_tensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
             remedy="Download the checkpoint again",
         )
     for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a dict, and it does not iterate
-                yield name, tensors.get_tensor(name)
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - not a dict, and it does not iterate
+                    yield name, tensors.get_tensor(name)
+        except SafetensorError as error:
+            raise MissingPrerequisite(
+                "a checkpoint's safetensors files must be ones that can be read",
+                found=f"{file}: {error}",
+                remedy="Download the checkpoint again",
+            ) from error
 
 
 def target_names(source_name: str) -> tuple[str, ...]:

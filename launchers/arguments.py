@@ -51,9 +51,11 @@ def parse_submit(argv: list[str] | None) -> argparse.Namespace:
     what = add_what(parser)
     what.add_argument(
         "--resume",
-        choices=["auto", "never"],
+        metavar="auto|never|PATH",
         default="auto",
-        help="auto: continue the run of the same configuration; never: make a new one",
+        help="auto: continue the run of the same configuration; never: make a new one; PATH: begin with a step-<k> "
+        "folder of another run, or a run directory's newest one: weights, optimizer, step and place in the data, "
+        "without the phases before and recorded as unproved",
     )
     where = parser.add_argument_group("where")
     where.add_argument(

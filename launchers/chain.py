@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import re
 from argparse import Namespace
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from encdec.errors import ConfigError
-from encdec.files import MANIFEST, RunPaths
+from encdec.files import RunPaths
 from encdec.training.execution import StartingPoint, TrainingPhase, previous_phases
 from encdec.training.promotion import read_gate
 from encdec.training.run_config import RunConfig
@@ -17,8 +15,7 @@ from launchers.arguments import asked_run
 from launchers.chain_file import read_chain
 from launchers.plan import Plan, make_plan
 from launchers.run_directory import ROOT, choose_directory
-
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+from launchers.starting_point import require_steps_left, resume_word, starting_point
 
 
 @dataclass(frozen=True)
@@ -57,9 +54,12 @@ def asked(arguments: Namespace) -> Asked:
     Raises:
         ConfigError: any rule of the configuration broken.
     """
-    phases, start = asked_phases(arguments), given_weights(arguments.from_weights)
+    start = starting_point(arguments)
+    phases = asked_phases(arguments, direct=start is not None)
     first = asked_run(arguments, phases[0], start, arguments.name)
-    new = getattr(arguments, "resume", "auto") == "never"
+    if start and start.kind == "checkpoint":
+        require_steps_left(Path(start.source), first)
+    new = resume_word(arguments) == "never"
     if len(phases) == 1 and not (arguments.run_dir and read_chain(arguments.run_dir)):
         directory = choose_directory(arguments.run_dir, first.name, new=new)
         return Asked([Link(phases[0], first, RunPaths(directory))], None, phases[0])
@@ -92,8 +92,11 @@ def following(arguments: Namespace, first: RunConfig) -> list[RunConfig]:
     return runs
 
 
-def asked_phases(arguments: Namespace) -> list[TrainingPhase]:
+def asked_phases(arguments: Namespace, *, direct: bool) -> list[TrainingPhase]:
     """From the first phase that must be proved to the last one that is wanted.
+
+    Args:
+        direct: whether the first one that is named needs no proof.
 
     Raises:
         ConfigError: --through names a phase before --phase.
@@ -106,7 +109,7 @@ def asked_phases(arguments: Namespace) -> list[TrainingPhase]:
             remedy=f"The order is {', '.join(TrainingPhase)}",
         )
     wanted = [each for each in TrainingPhase if each not in previous_phases(phase) and each not in after(last)]
-    return wanted if arguments.from_weights else previous_phases(phase) + wanted
+    return wanted if direct else previous_phases(phase) + wanted
 
 
 def after(phase: TrainingPhase) -> list[TrainingPhase]:
@@ -120,27 +123,3 @@ def proved_elsewhere(link: Link) -> Link:
     places = [ROOT / f"{link.phase}-{link.run.identity[:8]}", *sorted(ROOT.glob(f"chain-*/{link.phase}"))]
     others = (Link(link.phase, link.run, RunPaths(place.absolute())) for place in places if place.is_dir())
     return next((other for other in others if other.passed), link)
-
-
-def given_weights(word: str | None) -> StartingPoint | None:
-    """What --from-weights names: a checkpoint, a run directory's newest one, a Hugging Face directory, or a hub id.
-
-    Raises:
-        ConfigError: none of them.
-    """
-    if word is None:
-        return None
-    path = Path(word).absolute()
-    path = RunPaths(path).newest_checkpoint() or path
-    if (path / MANIFEST).is_file():
-        digest = json.loads((path / MANIFEST).read_text(encoding="utf-8")).get("digest")
-        return StartingPoint("weights", str(path), f"checkpoint {digest}")
-    if (path / "config.json").is_file():
-        return StartingPoint("weights", str(path), str(path))
-    if not path.exists() and HUB_ID.fullmatch(word):
-        return StartingPoint("weights", word, word)
-    raise ConfigError(
-        "--from-weights must name a checkpoint's folder, a run directory with one, a model directory or a hub id",
-        found=word,
-        remedy="Give RUN/checkpoints/step-<k>, a directory with config.json and safetensors, or owner/name",
-    )

@@ -25,7 +25,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add_run(parser)
     parser.add_argument("--attempt", type=int, metavar="N", help="attempt (default: the newest)")
-    parser.add_argument("--rank", type=int, default=0, metavar="R", help="rank (default: 0)")
+    parser.add_argument("--rank", type=int, default=0, metavar="R", help="rank")
     parser.add_argument("--restart", type=int, metavar="N", help="start of the ranks in place (default: the newest)")
     parser.add_argument("--job", action="store_true", help="what the job itself wrote, not a rank")
     parser.add_argument("--follow", action="store_true", help="go on until the run ends, through all its attempts")

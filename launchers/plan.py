@@ -75,7 +75,8 @@ def weights_of(run: RunConfig) -> str:
         return "random initial weights" if model.from_scratch else f"both stacks from {model.model_name_or_path}"
     if start.kind == "gate":
         return f"those that pass the gate of {start.source}"
-    return f"{start.source}, unproved: no gate is asked for"
+    what = "all that training continues from in " if start.kind == "checkpoint" else ""
+    return f"{what}{start.source}, unproved: no gate is asked for"
 
 
 def make_plan(run: RunConfig, *, run_dir: str, cluster: str, why_cluster: str) -> Plan:

@@ -51,7 +51,7 @@ def make_all(starts: Sequence[Start], arguments: Namespace) -> list[Start]:
     made = []
     for start in starts:
         before = make_or_find(start.paths, start.run, start.plan)
-        if before is None and start.run.starts_from and start.run.starts_from.kind == "weights":
+        if before is None and start.run.starts_from and start.run.starts_from.kind != "gate":
             note(start.paths, "unproved", weights=start.run.starts_from.source)
         made.append(replace(start, fresh=True) if before is None else start.joined_to(before, arguments))
     return made

@@ -59,9 +59,16 @@ class ScaleResult:
         """Names of the required gates that did not pass."""
         return [item.gate for report in self.gates.values() for item in report.failures]
 
+    @property
+    def verdict(self) -> str:
+        """success | stopped (the same command continues) | FAILED"""
+        if self.success:
+            return "success"
+        return "stopped" if self.exit_code == ExitCode.CONTINUE_ME else "FAILED"
+
     def summary(self) -> str:
         """One line for a person."""
-        return f"{self.scale}: {'success' if self.success else 'FAILED'}, {self.reason}"
+        return f"{self.scale}: {self.verdict}, {self.reason}"
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; JSON has no nan, so a loss that is none is null."""
@@ -106,7 +113,7 @@ def results_table(results: Sequence[ScaleResult], planned: Sequence[ModelScale] 
         table.add_row(
             scale, in_short(result.parameters), f"{result.step:,}", f"{result.final_loss:.4f}",
             f"{result.training_time_seconds:,.1f} s", *gates,
-            f"{'success' if result.success else 'FAILED'}: {result.reason}", style="" if result.success else "red",
+            f"{result.verdict}: {result.reason}", style="red" if result.verdict == "FAILED" else "",
         )  # fmt: skip
     return table
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from pydantic import ConfigDict
@@ -92,12 +93,18 @@ class StartingPoint:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    kind: Literal["gate", "weights"]
-    """gate: the weights with which the phase before it passed its gate; weights: given by a person, unproved."""
+    kind: Literal["gate", "weights", "checkpoint"]
+    """gate: the weights with which the phase before it passed its gate. Given by a person, unproved: weights;
+    checkpoint: all that another run's training continues from."""
     source: str
     """Run directory of the phase before it; or a checkpoint's folder, a Hugging Face directory or a hub id."""
     identity: str
     """Identity of that run, whose gate must have been passed; or what tells the given weights from others."""
+
+    @classmethod
+    def at_checkpoint(cls, kind: Literal["gate", "weights", "checkpoint"], folder: Path, digest: str) -> StartingPoint:
+        """A checkpoint's folder whose manifest carries ``digest``."""
+        return cls(kind, str(folder), f"checkpoint {digest}")
 
 
 def previous_phases(phase: TrainingPhase) -> list[TrainingPhase]:

@@ -1,4 +1,4 @@
-"""The weights that a phase begins with: those that passed the gate before it, or those that a person gave."""
+"""What a phase begins with: the weights that passed the gate before it, or what a person gave."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from encdec import distributed
 from encdec.checkpoints.catalog import committed
-from encdec.checkpoints.manifest import MANIFEST, read_manifest, verify
+from encdec.checkpoints.manifest import MANIFEST, manifest_digest, read_manifest, verify
 from encdec.checkpoints.payload import open_weights
 from encdec.checkpoints.stored import feed_tensor, require_same_model
 from encdec.checkpoints.weights import digest_weights
@@ -64,8 +64,11 @@ def require_weights(run: RunConfig, *, goes_on: bool, step: int) -> None:
         )
 
 
-def begin_from(run: RunConfig, paths: RunPaths, model: nn.Module) -> None:
+def begin_from(run: RunConfig, paths: RunPaths, model: nn.Module) -> Path | None:
     """Fill an unsharded model with the weights that the run begins from, on every rank, and write down which they are.
+
+    Returns:
+        The checkpoint from which training is to continue once the model is sharded; None where it begins at step 0.
 
     Raises:
         GateNotPassed: the phase before has not passed its gate.
@@ -96,14 +99,15 @@ def begin_from(run: RunConfig, paths: RunPaths, model: nn.Module) -> None:
     log.info(
         "%s from %s, weights %s", "begins" if origin.proved else "begins, without proof,", origin.source, found[:16]
     )
+    return source if start.kind == "checkpoint" else None
 
 
 def require_sound(source: Path, gate: GateFile | None, start: StartingPoint) -> None:
-    """The checkpoint must verify.
+    """The checkpoint must verify, and be the one that a person has named.
 
     Raises:
         RunDirectoryError: it does not, and a gate was passed by it.
-        CheckpointError: it does not.
+        CheckpointError: it does not, or is not.
     """
     try:
         verify(source)
@@ -117,6 +121,12 @@ def require_sound(source: Path, gate: GateFile | None, start: StartingPoint) -> 
             found=f"{error.rule}: {error.found}",
             remedy=again(gate, start),
         ) from None
+    if gate is None and start != StartingPoint.at_checkpoint(start.kind, source, manifest_digest(source)):
+        raise CheckpointError(
+            "A run begins from the checkpoint that was named when it was submitted",
+            found=f"another one in {source} now",
+            remedy="Restore it; or give the submit command again, with another --name if it gave one",
+        )
 
 
 def again(gate: GateFile, start: StartingPoint) -> str:

@@ -58,7 +58,7 @@ class Origin:
     """Which weights a run has begun from: ``origin.json``, written once. Later attempts need no other run directory."""
 
     kind: str
-    """gate | weights (StartingPoint.kind)"""
+    """gate | weights | checkpoint (StartingPoint.kind)"""
     source: str
     """Folder of a checkpoint, Hugging Face directory, or hub id."""
     proved: bool

@@ -118,7 +118,7 @@ def _train(
     goes_on = resume_from is not None or (run.starts_from is not None and has_checkpoint(paths))
     if run.starts_from and not goes_on:
         with storage.explained("The weights to start from must be readable", Path(run.starts_from.source)):
-            begin_from(run, paths, model)
+            resume_from = begin_from(run, paths, model)
     if resume_from is None:
         require_origin(run, paths)
     if run.phase and run.phase.phase == TrainingPhase.SANITY_CHECK:

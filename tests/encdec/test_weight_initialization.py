@@ -13,7 +13,12 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 from encdec.errors import ConfigError, MissingPrerequisite
 from encdec.tokenization_qwen3_encdec import Qwen3EncoderDecoderTokenizer
-from encdec.weight_initialization import build_from_scratch, initialize_from_qwen3, target_names
+from encdec.weight_initialization import (
+    build_from_pretrained,
+    build_from_scratch,
+    initialize_from_qwen3,
+    target_names,
+)
 
 SHAPE = {
     "vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -146,6 +151,17 @@ class TestMissing:
         lost.unlink()
         with pytest.raises(MissingPrerequisite, match=lost.name):
             initialize_from_qwen3(tmp_path)
+
+    @pytest.mark.parametrize("ours", [True, False])
+    def test_a_damaged_file(self, ours: bool, tmp_path):
+        if ours:
+            build_from_scratch(Qwen3EncoderDecoderConfig(**SHAPE, **IDS), 3).save_pretrained(tmp_path)
+        else:
+            saved_qwen3(tmp_path)
+        file = min(tmp_path.glob("*.safetensors"))
+        file.write_bytes(file.read_bytes()[:1000])
+        with pytest.raises(MissingPrerequisite, match="can be read"):
+            build_from_pretrained(tmp_path, tokenizer=None, num_sentinel_tokens=16)
 
     def test_another_architecture(self, tmp_path):
         (tmp_path / "config.json").write_text('{"model_type": "llama"}')

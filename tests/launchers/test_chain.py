@@ -114,6 +114,41 @@ def test_weights_may_be_a_checkpoint_a_run_a_model_directory_or_a_hub_id(tmp_pat
         assert run.starts_from == StartingPoint("weights", source, identity)
 
 
+def test_checkpoint_to_resume_is_a_folder_or_a_runs_newest_one(tmp_path: Path):
+    folder = tmp_path / "run" / "checkpoints" / "step-20"
+    folder.mkdir(parents=True)
+    atomic_write_json(folder / "manifest.json", {"step": 20, "digest": "ab"})
+    for word in (folder, tmp_path / "run"):
+        wanted = ask("--phase", "validation", "--resume", str(word))
+        assert [link.phase for link in wanted.links] == [VALIDATION]
+        assert wanted.links[0].run.starts_from == StartingPoint("checkpoint", str(folder), "checkpoint ab")
+
+
+# (flags after --resume, words of the refusal)
+NOT_RESUMED = {
+    "nothing": (["nowhere"], "--resume must be auto, never, or name"),
+    "a model": (["model"], "--resume must be auto, never, or name"),
+    "a damaged manifest": (["damaged"], "manifest must be readable"),
+    "the end": (["end"], "step 40 of 40"),
+    "weights, too": (["end", "--from-weights", "owner/name"], "Leave one of them out"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_RESUMED)
+def test_other_checkpoints_are_not_resumed(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    for name, file, content in (
+        ("model", "config.json", "{}"),
+        ("damaged", "manifest.json", "{"),
+        ("end", "manifest.json", '{"step": 40, "digest": "ab"}'),
+    ):
+        Path(name).mkdir()
+        Path(name, file).write_text(content)
+    flags, words = NOT_RESUMED[case]
+    with pytest.raises(ConfigError, match=words):
+        ask("--phase", "validation", "--resume", *flags)
+
+
 @pytest.mark.parametrize("word", ["nowhere", "/nowhere/at/all", "."])
 def test_other_weights_are_refused(word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from encdec.checkpoints.manifest import verify
+from encdec.checkpoints.manifest import manifest_digest, verify
 from encdec.checkpoints.payload import open_weights
 from encdec.checkpoints.weights import digest_weights
+from encdec.errors import CheckpointError
 from encdec.files import RunPaths
 from encdec.records import read_json_lines
-from encdec.training.execution import TrainingPhase
+from encdec.training.execution import StartingPoint, TrainingPhase
+from encdec.training.origin import require_sound
 from encdec.training.promotion import GateFile, Origin, read_gate, read_origin
 from tests.conftest import Lab, kill_everything, losses, wait_for_step, wait_until
 
@@ -132,6 +135,34 @@ def test_given_weights_start_a_phase_without_proof(lab: Lab, chain: Path):
         first[source] = losses(RunPaths(root))[1]
     assert first[checkpoint] == first[model]
     assert origin_of(lab.root / "from-step-60").weights_digest == origin_of(lab.root / "from-model").weights_digest
+
+
+def test_other_checkpoint_under_the_same_name_starts_nothing(chain: Path):
+    folder = chain / "sanity_check" / "checkpoints" / "step-60"
+    start = StartingPoint.at_checkpoint("weights", folder, manifest_digest(folder))
+    require_sound(folder, None, start)
+    with pytest.raises(CheckpointError, match=r"another one in .*step-60 now"):
+        require_sound(folder, None, replace(start, identity="checkpoint 00"))
+
+
+def test_run_continues_from_a_checkpoint_of_another_one(lab: Lab, chain: Path):
+    """With its weights, optimizer, step and place in the data: the same losses as that one's own."""
+    source, root = chain / "sanity_check", lab.root / "resumed"
+    first = min(source.glob("checkpoints/step-*"), key=lambda folder: int(folder.name.removeprefix("step-")))
+    begin = int(first.name.removeprefix("step-"))
+    where = ("--phase", "sanity_check", "--cluster", "local", "--run-dir", str(root), "--resume", str(first))
+    code, output = lab.run("launchers.submit", *where, *lab.arguments())
+    assert code == 0, output
+    assert "unproved" in output
+    expected = losses(RunPaths(source))
+    assert begin < 60 and losses(RunPaths(root)) == {step: expected[step] for step in range(begin + 1, 61)}
+    assert (origin_of(root).kind, origin_of(root).proved) == ("checkpoint", False)
+    digests = [
+        json.loads((each / "gates" / "sanity_check.json").read_text())["weights_digest"] for each in (source, root)
+    ]
+    assert digests[0] == digests[1]
+    code, output = lab.run("launchers.submit", *where, *lab.arguments("--set", f"training.num_train_steps={begin}"))
+    assert code == 78 and f"step {begin} of {begin}" in plain(output)
 
 
 @pytest.mark.parametrize(

@@ -62,8 +62,7 @@ def test_command_ends_in_78_where_something_must_be_mended(tmp_path: Path):
         str(tmp_path / "run"),
     )  # fmt: skip
     assert code == 78
-    assert "fail  resume" in output
-    assert "no readable manifest" in output
+    assert "fail  configuration  --resume must be" in output
 
 
 def test_configuration_that_is_none_is_the_first_failure():

@@ -153,6 +153,19 @@ def test_a_failed_gate_stops_before_the_next_scale(
     assert sum("not begun" in line for line in lines) == 2
 
 
+@pytest.mark.parametrize(
+    ("cause", "verdict"),
+    [("complete", "success"), ("gate", "FAILED"), ("crash", "FAILED"), ("refused", "FAILED"), ("signalled", "stopped"),
+     ("stop_requested", "stopped")],
+)  # fmt: skip
+def test_a_clean_stop_is_no_failure(cause: str, verdict: str):
+    result = ScaleResult(
+        experiment="x", scale=ModelScale.TINY, success=cause == "complete", cause=cause, reason="why", final_loss=1.0,
+        training_time_seconds=1.0, step=3, parameters=9, run_dir="x", checkpoint=None,
+    )  # fmt: skip
+    assert result.summary() == f"tiny: {verdict}, why"
+
+
 def test_not_strict_reports_and_goes_on(progressive: Progressive, packed: Path):
     config = config_in(Path(progressive.config.checkpoint_dir), packed)
     config.strict_validation = False
