@@ -11,6 +11,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+from encdec.command_line import INTERRUPTED
 from launchers import local, remote, slurm
 from launchers.chain_file import CHAIN_FILE, read_chain, write_chain
 from launchers.interrupts import Interrupts
@@ -68,10 +69,11 @@ def run_chain_on_slurm(to_do: Sequence[Start], arguments: Namespace, *, in_one: 
             raise
     if not arguments.wait:
         return 0
-    for start in to_do:
-        if code := watch.follow(start.paths, total_steps=start.run.num_train_steps):
-            return code
-    return 0
+    codes = (watch.follow(start.paths, total_steps=start.run.num_train_steps) for start in to_do)
+    code = next((code for code in codes if code), 0)
+    if code != INTERRUPTED:
+        watch.until_ended(start.paths for start in to_do)
+    return code
 
 
 def queue(to_do: Sequence[Start], new: Sequence[Start], arguments: Namespace, *, in_one: bool) -> None:
@@ -111,9 +113,12 @@ def run_phase(start: Start, arguments: Namespace) -> int:
             return local.follow(paths, interrupts, total_steps=start.run.num_train_steps)
     if job is None:
         return show.started(paths)
-    if arguments.wait and not interrupts.count:
-        return watch.follow(paths, total_steps=start.run.num_train_steps)
-    return show.queued(job, paths)
+    if not arguments.wait or interrupts.count:
+        return show.queued(job, paths)
+    code = watch.follow(paths, total_steps=start.run.num_train_steps)
+    if code != INTERRUPTED:
+        watch.until_ended([paths])
+    return code
 
 
 def find_or_start(start: Start, arguments: Namespace, *, after: Sequence[str] = ()) -> str | None:

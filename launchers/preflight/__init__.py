@@ -14,7 +14,7 @@ from encdec.files import RunPaths
 from encdec.training.run_config import RunConfig
 from launchers.preflight.check import Check, failed, lines
 from launchers.preflight.needs import check_configuration, check_memory, check_text, check_weights, device_memory_gb
-from launchers.preflight.storage import check_resume, check_room
+from launchers.preflight.storage import check_place, check_resume, check_room
 from launchers.preflight.trackers import check_trackers
 
 __all__ = ["Check", "checklist", "failed", "lines"]
@@ -41,6 +41,7 @@ def checklist(
         check_text(run),
         check_weights(run),
         check_memory(run, gpu_memory_gb or device_memory_gb(run)),
+        check_place(paths),
         *check_room(run, paths),
         check_resume(run, paths, resume),
         *check_trackers(run, environment),

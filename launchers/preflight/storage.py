@@ -18,6 +18,16 @@ FILES_BESIDE_RANKS = 8
 FILES_A_RANK = 2
 
 
+def check_place(paths: RunPaths) -> Check:
+    """Whether the run directory lies there and can be written, or can be made; asked by looking, not by writing."""
+    first = next(place for place in (paths.root, *paths.root.parents) if place.exists() or place.is_symlink())
+    if not first.is_dir():
+        return Check("directory", "fail", f"{first} is no folder", "Choose another --run-dir")
+    if not os.access(first, os.W_OK | os.X_OK):
+        return Check("directory", "fail", f"{first} may not be written", "Open it, or choose another --run-dir")
+    return Check("directory", "ok", str(paths.root) if first == paths.root else f"{paths.root}, made in {first}")
+
+
 def check_room(run: RunConfig, paths: RunPaths) -> list[Check]:
     """Free bytes and inodes where the run directory lies or will lie, against all checkpoints at their most.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterable
 
 from encdec.command_line import INTERRUPTED
 from encdec.errors import EncdecError, ExitCode, RunDirectoryError
@@ -17,6 +19,8 @@ SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_BETWEEN_SQUEUES = 30.0
 PAUSES_AT_FIRST = (2.0, 4.0, 8.0, 16.0)
 """Seconds between the looks at a job that has claimed no attempt yet: many that die at all die at once."""
+PAUSES_AT_LAST = (1.0, 2.0, 3.0, 4.0, 5.0, 5.0)
+"""Seconds between the looks at jobs whose work is over."""
 SECONDS_TO_BE_SEEN = 90.0
 """In which the files of a job that runs should show up here; NFS clients keep what they know for a minute."""
 SECONDS_TO_LOOK_AGAIN = 5.0
@@ -56,6 +60,18 @@ def follow(paths: RunPaths, *, total_steps: int) -> int:
             else f"See its output in {paths.submitit}, then give the same command again",
         )
     return show.summary(paths, cancelled=watch.state == "CANCELLED")
+
+
+def until_ended(runs: Iterable[RunPaths]) -> None:
+    """Give the jobs of the runs the seconds that Slurm needs to end them (PAUSES_AT_LAST), so that whoever waited finds
+    an empty queue. Their work is over, and a job that stays all the same is not waited for.
+    """
+    jobs = [job for paths in runs for job in jobs_of(paths)]
+    with contextlib.suppress(KeyboardInterrupt):
+        for pause in PAUSES_AT_LAST:
+            if all(state.ended for state in slurm.job_states(jobs).values()):
+                return
+            time.sleep(pause)
 
 
 class Watch:

@@ -20,7 +20,7 @@ from encdec.training.run_config import RunConfig, resolve_run
 from launchers.preflight import Check, checklist, failed, lines
 from launchers.preflight.check import amount
 from launchers.preflight.needs import check_configuration, check_memory, check_text, check_weights, device_memory_gb
-from launchers.preflight.storage import check_resume, check_room, damage, most_checkpoints
+from launchers.preflight.storage import check_place, check_resume, check_room, damage, most_checkpoints
 from launchers.preflight.trackers import check_trackers, check_wandb
 from tests.conftest import MICRO, REPOSITORY
 
@@ -51,7 +51,7 @@ def test_command_says_that_all_is_well(tmp_path: Path):
     code, output = run_preflight("--phase", "sanity_check", "--config", str(MICRO), "--run-dir", str(tmp_path / "run"))
     assert code == 0, output
     names = [line.split()[:2] for line in output.splitlines()]
-    expected = ["configuration", "text", "weights", "memory", "disk", "inodes", "resume"]
+    expected = ["configuration", "text", "weights", "memory", "directory", "disk", "inodes", "resume"]
     assert [name for name in names if name[1] != "inodes"] == [["ok", n] for n in expected if n != "inodes"]
     assert not (tmp_path / "run").exists()
 
@@ -220,6 +220,19 @@ def test_memory_of_gpus_is_what_nvidia_smi_says(tmp_path: Path, monkeypatch: pyt
 )
 def test_most_checkpoints(settings: tuple[str, ...], most: int):
     assert most_checkpoints(resolved(*settings)) == most
+
+
+def test_run_directory_must_be_one_that_can_be_made(tmp_path: Path, mounts: Callable[..., None]):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    sealed = tmp_path / "sealed"
+    sealed.mkdir()
+    mounts("-t", "tmpfs", "-o", "ro,size=1m", "tmpfs", str(sealed))
+    places = {"run": "ok", ".": "ok", "a/b/run": "ok"} | dict.fromkeys(
+        ("file", "file/run", "nowhere", "sealed/x"), "fail"
+    )
+    for place, verdict in places.items():
+        assert (place, check_place(RunPaths(tmp_path / place)).verdict) == (place, verdict)
 
 
 def test_room_is_counted_where_the_run_will_lie(tmp_path: Path, mounts: Callable[..., None]):
