@@ -18,7 +18,7 @@ from launchers.preflight import hub
 from launchers.preflight.check import Check
 from launchers.preflight.storage import damage
 
-ESTIMATE_AT_MOST_ABOVE = 1.3
+ESTIMATE_AT_MOST_ABOVE = 1.2
 """What a rank needs is at least the estimate over this (tests/encdec/training/test_rank_memory.py)."""
 SAFE_PART = 0.9
 """Of a GPU's memory, that an estimate may take: communication and fragmentation take some, too."""
