@@ -256,7 +256,7 @@ def estimate_rank_memory(
         for n in tokens
     )
     again = size.widths.saved_bytes(max(tokens), per_value) if gradient_checkpointing else 0
-    moments = (
+    moments: tuple[dict[str, float], ...] = (
         {
             "gathered": everything if gathered_whole else embedding + fetched,
             "gradients": whole,
