@@ -41,12 +41,9 @@ def calibrate(plan: dict[str, Any], places: Sequence[Path]) -> Measured | None:
         plan: of the run that is to be foreseen, as ``plan.json`` has it.
         places: folders of run directories.
     """
-    ranked = sorted(
-        ((likeness(plan, other), paths.plan.stat().st_mtime, paths) for paths, other in earlier_runs(places)),
-        key=lambda entry: entry[:2], reverse=True,
-    )  # fmt: skip
-    measured = (measure(paths) for likes, _, paths in ranked if likes is not None)
-    return next((found for found in measured if found), None)
+    likes = [(likeness(plan, other), paths) for paths, other in earlier_runs(places)]  # the newest first, and so ranked
+    ranked = sorted(((much, paths) for much, paths in likes if much is not None), key=lambda like: -like[0])
+    return next((found for found in (measure(paths) for _, paths in ranked) if found), None)
 
 
 def calibrate_from(plan: dict[str, Any], paths: RunPaths) -> Measured:
