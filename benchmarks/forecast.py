@@ -2,9 +2,9 @@
 
     python -m benchmarks.forecast
 
-A first run calibrates: its steps, start, pauses and end are measured. A second one of the same model, longer, with other
-intervals and another seed, is planned, run, and compared with its plan. Memory is the largest resident set of either rank
-(VmHWM of proc(5)), looked at until they end; a run's hours go from its process to its outcome.
+A first run calibrates: its steps, start, pauses and end are measured. A second one of the same model, longer, with
+other intervals and another seed, is planned, run, and compared with its plan. Memory is the largest resident set of
+either rank (VmHWM of proc(5)), looked at until they end; a run's hours go from its process to its outcome.
 """
 
 from __future__ import annotations
