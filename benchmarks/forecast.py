@@ -27,9 +27,9 @@ from encdec.records import Outcome, ProcessRecord, read_record
 
 CONFIG = REPOSITORY / "configs" / "tiny.yaml"
 MODEL = (
-    "model.from_scratch.hidden_size=256", "model.from_scratch.intermediate_size=768",
-    "model.from_scratch.head_dim=64", "model.train_tokenizer_vocab_size=4096", "data.max_seq_length=224",
-    "data.max_encoder_length=256", "data.max_decoder_length=256", "data.max_examples=300",
+    "model.from_scratch.hidden_size=192", "model.from_scratch.intermediate_size=576", "model.from_scratch.head_dim=48",
+    "model.from_scratch.num_hidden_layers=3", "model.train_tokenizer_vocab_size=6144", "data.max_seq_length=160",
+    "data.max_encoder_length=192", "data.max_decoder_length=192",
 )  # fmt: skip
 """Over configs/tiny.yaml: large enough that the model, not Python, is a good part of a rank's memory."""
 SECONDS_BETWEEN_LOOKS = 0.1

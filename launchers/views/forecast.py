@@ -6,7 +6,7 @@ from launchers.feasibility import clock
 from launchers.forecast import Forecast
 from launchers.plan import Plan
 
-PARTS = ("parameters", "gradients", "optimizer", "gathered", "activations", "logits", "process")
+PARTS = ("parameters", "gradients", "optimizer", "gathered", "activations", "logits", "process", "heap", "saving")
 LEAST_GB = 0.0005
 """Below it a part is left out."""
 
