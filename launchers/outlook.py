@@ -18,7 +18,7 @@ from launchers.plan import Plan
 from launchers.preflight.needs import device_memory_gb, device_name
 from launchers.remote import job_request
 from launchers.run_directory import ROOT
-from launchers.script import JobRequest, gpu_flag, sbatch_text
+from launchers.script import gpu_flag, sbatch_text
 from launchers.slurm_limits import Limits, ask_start, read_limits
 
 CORRECT_THE_FLAG = (
@@ -36,31 +36,40 @@ class Outlook:
     """What sbatch would get; None on this machine."""
 
 
-def foreseen(
-    runs: Sequence[tuple[RunPaths, RunConfig, Plan]], arguments: Namespace, *, ask_slurm: bool = True
-) -> list[Outlook]:
+@dataclass(frozen=True)
+class Prospect:
+    """A run to look ahead for."""
+
+    paths: RunPaths
+    run: RunConfig
+    plan: Plan
+    new: bool
+    """Whether this command queues it for the first time: what has begun is followed or continued, and sbatch alone
+    has the word about it."""
+
+
+def foreseen(prospects: Sequence[Prospect], arguments: Namespace, *, inside_job: bool = False) -> list[Outlook]:
     """Each run's plan with its forecast; nothing is written or queued.
 
     Args:
-        ask_slurm: whether the cluster is asked about its limits, and when the first job would start.
+        inside_job: the runs belong to the job that this is: Slurm is asked nothing, nothing is refused.
 
     Raises:
-        ConfigError: one of them cannot work where it is to run; or --calibrate-from names no run that fits.
+        ConfigError: a new one cannot work where it is to run; or --calibrate-from names no run that fits.
     """
-    limits = read_limits(arguments.sbatch) if ask_slurm and on_slurm(runs) else Limits()
-    outlooks = [look_ahead(paths, run, plan, arguments, limits) for paths, run, plan in runs]
-    require_feasible([finding for outlook in outlooks for finding in outlook.findings])
-    if ask_slurm and outlooks[0].script:
-        outlooks[0] = with_start(outlooks[0])
+    on_slurm = prospects[0].plan.cluster == "slurm"
+    limits = read_limits(arguments.sbatch) if on_slurm and not inside_job else Limits()
+    outlooks = [look_ahead(prospect, arguments, limits) for prospect in prospects]
+    news = [] if inside_job else [number for number, prospect in enumerate(prospects) if prospect.new]
+    require_feasible([finding for number in news for finding in outlooks[number].findings])
+    if on_slurm and news:
+        outlooks[news[0]] = with_start(outlooks[news[0]])
     return outlooks
 
 
-def on_slurm(runs: Sequence[tuple[RunPaths, RunConfig, Plan]]) -> bool:
-    return runs[0][2].cluster == "slurm"
-
-
-def look_ahead(paths: RunPaths, run: RunConfig, plan: Plan, arguments: Namespace, limits: Limits) -> Outlook:
+def look_ahead(prospect: Prospect, arguments: Namespace, limits: Limits) -> Outlook:
     """The outlook of one run."""
+    paths, run, plan = prospect.paths, prospect.run, prospect.plan
     options = launch_options(paths, arguments)
     request = job_request(paths, run, arguments, options) if plan.cluster == "slurm" else None
     place = place_of(run, plan, arguments, limits)
@@ -75,11 +84,7 @@ def look_ahead(paths: RunPaths, run: RunConfig, plan: Plan, arguments: Namespace
         gpus = run.ranks_per_node if gpu_flag(request) else 0
         findings += refused_by(limits, plan, request.flags, cpus=request.cpus, gpus=gpus)
     warnings = [f"{finding.found}: {finding.remedy}" for finding in findings if not finding.refuses]
-    return Outlook(plan.with_forecast(forecast, warnings), findings, script_of(request))
-
-
-def script_of(request: JobRequest | None) -> str | None:
-    return sbatch_text(request) if request else None
+    return Outlook(plan.with_forecast(forecast, warnings), findings, sbatch_text(request) if request else None)
 
 
 def with_start(outlook: Outlook) -> Outlook:

@@ -65,7 +65,7 @@ def prepare(arguments: Namespace) -> int:
                 print(f"{wanted.root or starts[0].paths.root} is complete: nothing left to do", file=sys.stderr)
                 return 0
             arguments.sbatch = slurm.flags_of(slurm.job_facts(job))
-            to_do, _ = with_outlook(to_do, arguments, ask_slurm=False)
+            to_do, _ = with_outlook(to_do, arguments, inside_job=True)
             for start in to_do:
                 describe(start.paths, start.run, start.plan)
                 share(start.paths, start.run, arguments, job, mark=made_inside(job) if start is to_do[0] else "")

@@ -14,7 +14,7 @@ from encdec.training.promotion import read_gate
 from encdec.training.run_config import RunConfig
 from launchers.chain import Asked, Link
 from launchers.cluster import require_devices, require_text
-from launchers.outlook import foreseen
+from launchers.outlook import Prospect, foreseen
 from launchers.plan import Plan
 from launchers.run_directory import make_or_find, note
 from launchers.run_status import read_status
@@ -59,14 +59,16 @@ def make_all(starts: Sequence[Start], arguments: Namespace) -> list[Start]:
 
 
 def with_outlook(
-    starts: Sequence[Start], arguments: Namespace, *, ask_slurm: bool = True
+    starts: Sequence[Start], arguments: Namespace, *, inside_job: bool = False
 ) -> tuple[list[Start], list[str | None]]:
     """The starts with forecasts in their plans, and what sbatch would get for each.
 
     Raises:
         ConfigError: one cannot work where it is to run.
     """
-    outlooks = foreseen([(start.paths, start.run, start.plan) for start in starts], arguments, ask_slurm=ask_slurm)
+    dry = getattr(arguments, "dry_run", False)
+    prospects = [Prospect(start.paths, start.run, start.plan, new=start.fresh or dry) for start in starts]
+    outlooks = foreseen(prospects, arguments, inside_job=inside_job)
     planned = [replace(start, plan=outlook.plan) for start, outlook in zip(starts, outlooks, strict=True)]
     return planned, [outlook.script for outlook in outlooks]
 
