@@ -223,6 +223,9 @@ def estimate_rank_memory(
 ) -> dict[str, float]:
     """Memory of one rank's device in a run that FSDP2 shards, at its worst moment, GB of 10**9 bytes.
 
+    Three moments are looked at: the loss has just been computed; the first layer's backward pass, the last layer of the
+    decoder, runs while all else is still kept; the embedding's gradient, the last one, is on its way to its shards.
+
     Args:
         ranks: over which the model is sharded.
         micro_batch_size: samples.
@@ -234,29 +237,51 @@ def estimate_rank_memory(
         offloaded: weights, gradients and optimizer state are in host memory.
 
     Returns:
-        state_gb (the rank's part of weights, gradients and optimizer state), gathered_gb (weights, and gradients that
-        accumulate, as whole tensors), activation_gb (kept for the backward pass), working_gb (the largest of what comes
-        and goes: logits, a layer that is computed again, whole gradients on their way), total_gb.
+        parameters_gb (the rank's part, fp32), gradients_gb (its part, and whole ones that accumulate or are on their
+        way), optimizer_gb (its part), gathered_gb (weights as whole tensors, in the computation's precision),
+        activations_gb (kept for the backward pass, and of a layer that is computed again), logits_gb, total_gb.
     """
-    per_value = bytes_per_value
-    state = 0 if offloaded else (2 * FP32_BYTES * size.parameters + size.optimizer_bytes(optimizer)) / ranks
+    per_value, shards = bytes_per_value, 0 if offloaded else 1 / ranks
     layer = (size.parameters - size.embedding) // (2 * size.layers)
-    at_once = size.parameters if gathered_whole else size.embedding + 2 * layer  # one is fetched while one is in use
-    gathered = at_once * per_value + (size.parameters * FP32_BYTES if accumulates else 0)
     tokens = [micro_batch_size * length for length in (encoder_length, decoder_length)]
-    again = size.widths.saved_bytes(max(tokens), per_value) if gradient_checkpointing else 0
+    whole = FP32_BYTES * size.parameters if accumulates else 0
+    sharded = FP32_BYTES * size.parameters * shards
+    on_their_way = per_value + FP32_BYTES
+    embedding, fetched = size.embedding * per_value, 2 * layer * per_value  # one is fetched while one is in use
+    everything = size.parameters * per_value
     kept = sum(
-        size.layers * (n * size.widths.hidden * per_value)
+        size.layers * n * size.widths.hidden * per_value
         if gradient_checkpointing
         else activation_bytes(n, size.layers, size.widths, per_value, gradient_checkpointing=False)
         for n in tokens
     )
-    whole_gradient = per_value + FP32_BYTES
-    working = max(
-        tokens[1] * size.vocabulary * LOGIT_BYTES,
-        again + layer * whole_gradient + size.embedding * per_value,
-        size.embedding * whole_gradient,
+    again = size.widths.saved_bytes(max(tokens), per_value) if gradient_checkpointing else 0
+    moments: tuple[dict[str, float], ...] = (
+        {
+            "gathered": everything if gathered_whole else embedding + fetched,
+            "gradients": whole,
+            "activations": kept,
+            "logits": tokens[1] * size.vocabulary * LOGIT_BYTES,
+        },
+        {
+            "gathered": everything if gathered_whole else embedding + fetched,
+            "gradients": whole + embedding + layer * on_their_way,
+            "activations": kept + again,
+            "logits": 0,
+        },
+        {
+            "gathered": embedding,
+            "gradients": max(whole + embedding, sharded + size.embedding * (on_their_way + FP32_BYTES * accumulates)),
+            "activations": 0,
+            "logits": 0,
+        },
     )
-    amounts = {"state": state, "gathered": gathered, "activation": kept, "working": working}
+    worst = max(moments, key=lambda moment: sum(moment.values()))
+    amounts = {
+        "parameters": sharded,
+        "gradients": worst["gradients"],
+        "optimizer": size.optimizer_bytes(optimizer) * shards,
+        **{name: worst[name] for name in ("gathered", "activations", "logits")},
+    }
     parts = {f"{name}_gb": amount / GIGABYTE for name, amount in amounts.items()}
     return parts | {"total_gb": sum(parts.values())}

@@ -89,6 +89,17 @@ def read_ends(path: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]
         return None, None
 
 
+def read_newest(path: Path, nbytes: int) -> Iterator[dict[str, Any]]:
+    """Yield the records of the last ``nbytes`` bytes of a JSON-lines file, oldest first; a missing file has none."""
+    try:
+        with path.open("rb") as stream:
+            stream.seek(-min(nbytes, os.fstat(stream.fileno()).st_size), os.SEEK_END)
+            content = stream.read()
+    except FileNotFoundError:
+        return
+    yield from _records(content.splitlines())
+
+
 def _records(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
     for line in lines:
         try:

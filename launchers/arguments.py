@@ -81,6 +81,16 @@ def parse_submit(argv: list[str] | None) -> argparse.Namespace:
         "--dry-run", action="store_true", help="print the plan, and for Slurm the batch script; write nothing"
     )
     how.add_argument(
+        "--json", action="store_true", help="with --dry-run: print the plans, and the batch scripts, as JSON"
+    )
+    how.add_argument(
+        "--calibrate-from",
+        metavar="RUN",
+        type=Path,
+        help="run directory whose measured speed the forecast rests on (default: the most similar run of the same "
+        "model and device that lies beside this one or in runs/)",
+    )
+    how.add_argument(
         "--preflight",
         action="store_true",
         help="print the checklist of python -m launchers.preflight first, and start nothing where it fails",
@@ -240,6 +250,8 @@ def check(arguments: argparse.Namespace) -> None:
 
 def check_flags(arguments: argparse.Namespace) -> None:
     """Gather Slurm's flags as ``arguments.sbatch``, by long name. They ask for Slurm."""
+    if arguments.json and not arguments.dry_run:
+        raise ConfigError("--json goes with --dry-run", found="--json alone", remedy="Add --dry-run, or leave it out")
     values = {flag: getattr(arguments, flag.replace("-", "_")) for flag in SBATCH_FLAGS}
     arguments.sbatch = {flag: value for flag, value in values.items() if value is not None}
     for flag, value in arguments.sbatch.items():

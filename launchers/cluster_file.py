@@ -14,10 +14,12 @@ from pydantic import Field, ValidationError, field_validator
 
 import launchers
 from encdec.errors import ConfigError
-from encdec.training.config import PositiveFloat, Section
+from encdec.flops import ACCELERATORS
+from encdec.training.config import NonNegativeFloat, PositiveFloat, Section
 from encdec.training.config_errors import explain
 from encdec.training.yaml_values import read_yaml
 from launchers.arguments import BUILT_IN_CLUSTERS, SLURM_TIME
+from launchers.forecast import EXPECTED_MFU
 
 FOLDERS = (Path("configs/clusters"), Path(launchers.__path__[0]).parent / "configs" / "clusters")
 """Where a NAME is looked for, in this order."""
@@ -62,8 +64,16 @@ class ClusterFile(Section):
     """CPUs of each node's one task; one a rank and one a data worker unless given."""
     gpu_flag: Annotated[str, Field(pattern=r"^([a-z][a-z-]*=.*\{n\}.*)?$")] = "gpus-per-node={n}"
     """sbatch flag that asks for a node's {n} GPUs: "gres=gpu:h100:{n}". Empty: Slurm does not count them here."""
+    gpu: Word | None = None
+    """Kind of the GPUs, one of encdec.flops.ACCELERATORS: "h100". It says how much memory and speed there is; unless
+    given, it is looked for in ``gpu_flag`` and in Slurm's names."""
     gpu_memory_gb: PositiveFloat | None = None
-    """Memory of one GPU, GB of 10**9 bytes: 80.0. What a run needs is compared with it beforehand."""
+    """Memory of one GPU, GB of 10**9 bytes: 80.0, where it is not that of ``gpu``. What a run needs is compared with it
+    beforehand."""
+    expected_mfu: Annotated[float, Field(gt=0, le=1)] = EXPECTED_MFU
+    """Model FLOPs utilization with which hours are foreseen before a run has measured any."""
+    failures_per_thousand_node_days: NonNegativeFloat | None = None
+    """How often a node interrupts its job: 6.5. Unless given, a run's ``infra.mean_time_to_interrupt_hours`` counts."""
     sbatch_flags: dict[Word, Word | int | bool] = {}
     """Further sbatch flags by long name, without dashes; true for one without a value."""
     srun_args: list[Word] = []
@@ -85,6 +95,13 @@ class ClusterFile(Section):
                 "minutes, minutes:seconds, hours:minutes:seconds, days-hours or days-hours:minutes:seconds"
             )
         return value
+
+    @field_validator("gpu")
+    @classmethod
+    def _gpu_is_known(cls, value: str | None) -> str | None:
+        if value is not None and value.lower() not in ACCELERATORS:
+            raise ValueError(f"one of {', '.join(ACCELERATORS)}; give gpu_memory_gb of any other")
+        return value.lower() if value else None
 
     @field_validator("sbatch_flags")
     @classmethod

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from encdec.training.run_config import RunConfig
+from launchers.forecast import Forecast, to_mapping
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +58,16 @@ class Plan:
     text: str
     weights: str
     identity: str
+    forecast: Forecast | None = None
+    """What it will take; None: nobody has looked."""
+    warnings: tuple[str, ...] = ()
+    """Choices that are bad where it is to run, and what to do."""
 
     def to_mapping(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"forecast": to_mapping(self.forecast) if self.forecast else None}
+
+    def with_forecast(self, forecast: Forecast, warnings: Sequence[str]) -> Plan:
+        return replace(self, forecast=forecast, warnings=tuple(warnings))
 
 
 def sharding_of(run: RunConfig) -> str:

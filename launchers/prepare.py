@@ -17,7 +17,7 @@ from launchers.chain_file import write_chain
 from launchers.cluster import require_text
 from launchers.cluster_file import read_cluster_file
 from launchers.jobs import require_no_other_job
-from launchers.ready import Start, make_all
+from launchers.ready import Start, make_all, with_outlook
 from launchers.remote import share
 from launchers.run_directory import describe, usable
 from launchers.run_status import only_starter
@@ -65,6 +65,7 @@ def prepare(arguments: Namespace) -> int:
                 print(f"{wanted.root or starts[0].paths.root} is complete: nothing left to do", file=sys.stderr)
                 return 0
             arguments.sbatch = slurm.flags_of(slurm.job_facts(job))
+            to_do, _ = with_outlook(to_do, arguments, inside_job=True)
             for start in to_do:
                 describe(start.paths, start.run, start.plan)
                 share(start.paths, start.run, arguments, job, mark=made_inside(job) if start is to_do[0] else "")

@@ -14,6 +14,7 @@ from encdec.training.promotion import read_gate
 from encdec.training.run_config import RunConfig
 from launchers.chain import Asked, Link
 from launchers.cluster import require_devices, require_text
+from launchers.outlook import Prospect, foreseen
 from launchers.plan import Plan
 from launchers.run_directory import make_or_find, note
 from launchers.run_status import read_status
@@ -55,6 +56,21 @@ def make_all(starts: Sequence[Start], arguments: Namespace) -> list[Start]:
             note(start.paths, "unproved", weights=start.run.starts_from.source)
         made.append(replace(start, fresh=True) if before is None else start.joined_to(before, arguments))
     return made
+
+
+def with_outlook(
+    starts: Sequence[Start], arguments: Namespace, *, inside_job: bool = False
+) -> tuple[list[Start], list[str | None]]:
+    """The starts with forecasts in their plans, and what sbatch would get for each.
+
+    Raises:
+        ConfigError: one cannot work where it is to run.
+    """
+    dry = getattr(arguments, "dry_run", False)
+    prospects = [Prospect(start.paths, start.run, start.plan, new=start.fresh or dry) for start in starts]
+    outlooks = foreseen(prospects, arguments, inside_job=inside_job)
+    planned = [replace(start, plan=outlook.plan) for start, outlook in zip(starts, outlooks, strict=True)]
+    return planned, [outlook.script for outlook in outlooks]
 
 
 def require_what_runs_need(starts: Sequence[Start], arguments: Namespace, cluster: str) -> None:

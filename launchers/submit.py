@@ -11,11 +11,8 @@ from launchers.arguments import parse_submit
 from launchers.chain import asked
 from launchers.cluster import choose_cluster
 from launchers.cluster_file import read_cluster_file
-from launchers.launch_options import launch_options
-from launchers.ready import Start, make_all, require_preflight, require_what_runs_need, show_plans
-from launchers.remote import job_request
+from launchers.ready import Start, make_all, require_preflight, require_what_runs_need, show_plans, with_outlook
 from launchers.run_directory import find_run, require_accelerate_config, usable
-from launchers.script import sbatch_text
 from launchers.start import run_all
 from launchers.views import show
 
@@ -41,14 +38,16 @@ def submit(arguments: Namespace) -> int:
             for start in starts:
                 require_accelerate_config(start.paths, start.run.config.infra.distributed_type)
         found = [start.joined_to(find_run(start.paths, start.run), arguments) for start in starts]  # or it is refused
-        starts = found if arguments.dry_run else make_all(starts, arguments)
+        starts, scripts = with_outlook(found, arguments)
+        if arguments.json:
+            return show.as_json([start.plan for start in starts], scripts)
+        if not arguments.dry_run:
+            starts = make_all(starts, arguments)
         show_plans(wanted, starts, in_full=arguments.dry_run)
         if not arguments.dry_run:
             return run_all(starts, arguments, wanted.root)
-        if cluster == "slurm":
-            for start in starts:
-                options = launch_options(start.paths, arguments)
-                show.script(sbatch_text(job_request(start.paths, start.run, arguments, options)))
+        for script in filter(None, scripts):
+            show.script(script)
         return 0
 
 

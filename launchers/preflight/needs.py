@@ -9,19 +9,17 @@ from pathlib import Path
 import psutil
 
 from encdec.errors import EncdecError
-from encdec.estimates import FP32_BYTES, GIGABYTE, estimate_rank_memory
+from encdec.estimates import GIGABYTE
 from encdec.files import MANIFEST
 from encdec.training.model_sizes import model_size
 from encdec.training.run_config import RunConfig
 from launchers.cluster import require_text
+from launchers.feasibility import ESTIMATE_AT_MOST_ABOVE, SAFE_PART
+from launchers.footprint import rank_memory
 from launchers.preflight import hub
 from launchers.preflight.check import Check
 from launchers.preflight.storage import damage
 
-ESTIMATE_AT_MOST_ABOVE = 1.3
-"""What a rank needs is at least the estimate over this (tests/encdec/training/test_rank_memory.py)."""
-SAFE_PART = 0.9
-"""Of a GPU's memory, that an estimate may take: communication and fragmentation take some, too."""
 MIB = 2**20
 
 
@@ -89,23 +87,15 @@ def _from_hub(check: str, kind: str, name: str, remedy: str) -> Check:
 
 def check_memory(run: RunConfig, device_gb: float | None) -> Check:
     """The estimate against one GPU, or against this machine where ranks compute on its processors."""
-    training, infra, data = run.config.training, run.config.infra, run.config.data
     size = model_size(run.config.model)
     if size is None:
         return Check(
             "memory", "warn", f"the sizes of {run.config.model.model_name_or_path} are not known here",
             "Watch memory_gb in the first steps",
         )  # fmt: skip
-    auto = training.per_device_train_batch_size == "auto"
-    micro, accumulation = (1, run.global_batch_size // run.world_size) if auto else run.micro_batches(run.world_size)
-    estimate = estimate_rank_memory(
-        size, ranks=run.world_size, micro_batch_size=micro, encoder_length=data.max_encoder_length,
-        decoder_length=data.max_decoder_length, optimizer=training.optimizer,
-        bytes_per_value=2 if training.bf16 and infra.device == "cuda" else FP32_BYTES,
-        gradient_checkpointing=infra.fsdp_activation_checkpointing,
-        accumulates=accumulation > 1 and infra.distributed_type == "fsdp",
-        gathered_whole=infra.fsdp_sharding_strategy == "SHARD_GRAD_OP", offloaded=infra.fsdp_cpu_offload,
-    )["total_gb"]  # fmt: skip
+    estimate = rank_memory(run, size)["total_gb"]
+    micro, _ = run.micro_batches(run.world_size)
+    auto = run.config.training.per_device_train_batch_size == "auto"
     batch = "1 sample (auto finds the most that fit)" if auto else f"{micro} sample{'s' * (micro != 1)}"
     said = f"about {estimate:,.1f} GB a rank with a micro-batch of {batch}"
     if device_gb is None:
@@ -126,12 +116,25 @@ def device_memory_gb(run: RunConfig) -> float | None:
     """
     if run.config.infra.device == "cpu":
         return psutil.virtual_memory().total / run.ranks_per_node / GIGABYTE if run.nodes == 1 else None
+    try:
+        return min(int(line) for line in ask_gpus("memory.total")) * MIB / GIGABYTE
+    except ValueError:  # no line, or no number
+        return None
+
+
+def device_name(run: RunConfig) -> str:
+    """What this machine's GPUs are called: "NVIDIA H100 80GB HBM3"; empty where that is not known, or they differ."""
+    names = set(ask_gpus("name")) if run.config.infra.device == "cuda" else set()
+    return names.pop() if len(names) == 1 else ""
+
+
+def ask_gpus(what: str) -> list[str]:
+    """A property of each of this machine's GPUs, by nvidia-smi; none where there is none."""
     program = shutil.which("nvidia-smi")
     if program is None:
-        return None
-    words = [program, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+        return []
+    words = [program, f"--query-gpu={what}", "--format=csv,noheader,nounits"]
     try:
-        answer = subprocess.run(words, capture_output=True, text=True, check=True, timeout=30).stdout
-        return min(int(line) for line in answer.split()) * MIB / GIGABYTE
-    except (OSError, subprocess.SubprocessError, ValueError):
-        return None
+        return subprocess.run(words, capture_output=True, text=True, check=True, timeout=30).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return []

@@ -7,15 +7,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from encdec.estimates import FP32_BYTES
 from encdec.files import RunPaths
 from encdec.training.model_sizes import model_size
 from encdec.training.run_config import RunConfig
+from launchers.footprint import average_bytes, most_checkpoints, most_files, packed_bytes
 from launchers.preflight.check import Check, amount
-
-FILES_BESIDE_RANKS = 8
-"""Files and folders of a checkpoint that are not one a rank, its temporary names among them."""
-FILES_A_RANK = 2
 
 
 def check_place(paths: RunPaths) -> Check:
@@ -36,7 +32,7 @@ def check_room(run: RunConfig, paths: RunPaths) -> list[Check]:
     place = _existing(paths.root)
     room, count = os.statvfs(place), most_checkpoints(run)
     checks = [_check_bytes(run, paths, place, room.f_bavail * room.f_frsize, count)]
-    files = (count + 1) * (FILES_A_RANK * run.world_size + FILES_BESIDE_RANKS)
+    files = most_files(run)
     if room.f_files:  # file systems that make inodes as they go report 0
         said = f"{files:,} files and folders at most, {room.f_favail:,} inodes free"
         enough = files <= room.f_favail
@@ -57,7 +53,7 @@ def _check_packed(run: RunConfig) -> list[Check]:
     place = _existing(Path(data.packed_dir))
     room = os.statvfs(place)
     free, tokens = room.f_bavail * room.f_frsize, run.num_train_steps * run.tokens_per_step
-    needed = tokens * (2 if size.vocabulary <= 2**16 else 4)
+    needed = packed_bytes(run, size)
     said = f"{tokens:,} tokens that this run reads take {amount(needed)} once packed, {amount(free)} free in {place}"
     if needed <= free:
         return [Check("packed text", "ok", said)]
@@ -78,7 +74,7 @@ def _check_bytes(run: RunConfig, paths: RunPaths, place: Path, free: int, count:
             f"Have room for {count} of them",
         )  # fmt: skip
     each = size.checkpoint_bytes(run.config.training.optimizer)
-    average = FP32_BYTES * size.parameters if run.config.training.average_last >= 2 else 0
+    average = average_bytes(run, size)
     there = sum(file.stat().st_size for file in paths.checkpoints.rglob("*") if file.is_file())
     needed = max(0, count * each + average - there)
     said = (
@@ -93,20 +89,6 @@ def _check_bytes(run: RunConfig, paths: RunPaths, place: Path, free: int, count:
         said,
         "Free space, choose another --run-dir, or lower training.save_total_limit and average_last",
     )
-
-
-def most_checkpoints(run: RunConfig) -> int:
-    """Step checkpoints that lie there at the same time: those that are kept and one that is being written.
-
-    Kept are ``save_total_limit``, or the newest, the best and those of the average at the end if they are more.
-    """
-    training = run.config.training
-    averaged = training.average_last if training.average_last >= 2 else 0
-    best = 1 if training.eval_samples and run.config.data.validation_fraction else 0
-    kept = max(training.save_total_limit, averaged + best + 1)
-    if training.save_every == "steps":
-        kept = min(kept, -(-run.num_train_steps // training.save_steps) + 1)  # and one that a signal asks for
-    return kept + 1
 
 
 def check_resume(run: RunConfig, paths: RunPaths, resume: Path | None) -> Check:

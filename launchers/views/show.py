@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import os
 import shlex
@@ -20,6 +21,7 @@ from encdec.records import Outcome, read_record, read_steps
 from encdec.training.run_config import RunConfig, read_run_config
 from launchers.plan import Plan
 from launchers.run_directory import why_no_room
+from launchers.views import forecast
 from launchers.views.progress import make_console
 
 NOT_ASKED = -1e6
@@ -77,6 +79,7 @@ def plan(plan: Plan, *, continues: bool) -> None:
                 "text": plan.text,
                 "weights": plan.weights,
                 "directory": plan.run_dir,
+                **forecast.rows(plan),
             }
         )
     )
@@ -109,14 +112,25 @@ def chain(root: Path, plans: Sequence[Plan], states: Sequence[str], *, asked: st
             }
         )
     )
-    for name in ("phase", "state", "steps", "tokens", "bound by", "eval", "save", "falls by", "ends at"):
+    for name in ("phase", "state", "steps", "tokens", "bound by", "time", "eval", "save", "falls by", "ends at"):
         phases.add_column(name, justify="left" if name in ("phase", "state", "bound by") else "right", no_wrap=True)
     for plan, state in zip(plans, states, strict=True):
         phases.add_row(
-            plan.phase, state, f"{plan.num_train_steps:,}", f"{plan.tokens:,}", plan.bound_by, f"{plan.eval_steps:,}",
-            f"{plan.save_steps:,}", f">= {plan.min_loss_decrease:g}", f"<= {plan.max_loss_after_warmup:g}",
+            plan.phase, state, f"{plan.num_train_steps:,}", f"{plan.tokens:,}", plan.bound_by, forecast.how_long(plan),
+            f"{plan.eval_steps:,}", f"{plan.save_steps:,}", f">= {plan.min_loss_decrease:g}",
+            f"<= {plan.max_loss_after_warmup:g}",
         )  # fmt: skip
     console.print(phases)
+    warnings = dict.fromkeys(warning for plan in plans for warning in plan.warnings)
+    if warnings:
+        console.print(table_of({"warnings": "\n".join(warnings)}))
+
+
+def as_json(plans: Sequence[Plan], scripts: Sequence[str | None]) -> int:
+    """Print plans for programs, each with its batch script (null on this machine); exit code 0."""
+    rows = [plan.to_mapping() | {"sbatch": script} for plan, script in zip(plans, scripts, strict=True)]
+    print(json.dumps(rows, indent=2))
+    return 0
 
 
 def script(text: str) -> None:

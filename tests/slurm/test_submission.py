@@ -23,10 +23,11 @@ LOST = "sbatch: error: Batch job submission failed: Socket timed out on send/rec
 
 
 def fake_sbatch(folder: Path, ending: str) -> str:
-    """A folder for PATH whose sbatch submits, and then does ``ending`` instead of answering."""
+    """A folder for PATH whose sbatch submits, and then does ``ending`` instead of answering; what only asks is told."""
     folder.mkdir()
     script = folder / "sbatch"
-    script.write_text(f'#!/bin/sh\n/usr/bin/sbatch "$@" > /dev/null || exit 1\n{ending}\n')
+    ask = 'case "$*" in *--test-only*) exec /usr/bin/sbatch "$@";; esac'
+    script.write_text(f'#!/bin/sh\n{ask}\n/usr/bin/sbatch "$@" > /dev/null || exit 1\n{ending}\n')
     script.chmod(0o755)
     return str(folder)
 

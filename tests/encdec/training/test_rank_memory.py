@@ -62,7 +62,7 @@ class Case:
         measured = sum(row["Total"] for row in tracker.get_tracker_snapshot("peak").values()) / 1e9
         estimate = self.estimate(size)
         assert sum(estimate.values()) == pytest.approx(2 * estimate["total_gb"])
-        assert 0.95 * measured < estimate["total_gb"] < 1.3 * measured, (measured, estimate)
+        assert 0.95 * measured < estimate["total_gb"] < 1.2 * measured, (measured, estimate)
         dist.destroy_process_group()
 
     def model(self) -> Qwen3ForSeq2SeqLM:
@@ -107,7 +107,7 @@ def size_of(model: Any) -> ModelSize:
     ],
     ids=str,
 )
-def test_estimate_is_at_most_thirty_percent_above_what_a_rank_allocates(case: Case):
+def test_estimate_is_at_most_twenty_percent_above_what_a_rank_allocates(case: Case):
     use_one_server()
     torch.multiprocessing.start_processes(case, nprocs=1, start_method="forkserver")
 
@@ -119,5 +119,6 @@ def test_offloaded_state_is_not_the_devices():
         size, ranks=RANKS, micro_batch_size=BATCH, encoder_length=ENCODER, decoder_length=DECODER, bytes_per_value=2,
         optimizer="adamw", gradient_checkpointing=True, accumulates=True, offloaded=True,
     )  # fmt: skip
-    assert offloaded["state_gb"] == 0
-    assert kept["total_gb"] - offloaded["total_gb"] == pytest.approx(16 * size.parameters / RANKS / 1e9)
+    assert offloaded["parameters_gb"] == offloaded["optimizer_gb"] == 0
+    assert kept["parameters_gb"] == pytest.approx(4 * size.parameters / RANKS / 1e9)
+    assert kept["total_gb"] - offloaded["total_gb"] == pytest.approx(12 * size.parameters / RANKS / 1e9)

@@ -1,0 +1,173 @@
+"""What earlier runs of a model measured: how fast its steps are, and what a run spends beside them.
+
+Read from run directories alone: ``plan.json`` says what a run is, its attempts' records how long things took.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import statistics
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from encdec.errors import ConfigError, RunDirectoryError
+from encdec.files import AttemptPaths, RunPaths
+from encdec.records import Outcome, ProcessRecord, is_step, read_ends, read_json_lines, read_newest, read_record
+from launchers.chain_file import CHAIN_FILE, runs_of
+from launchers.forecast import Measured
+
+NEWEST_RUNS = 50
+"""Looked at, at most."""
+UNSTEADY_STEPS = 2
+"""At the start of an attempt, that say nothing about the others: caches fill, kernels are compiled."""
+LEAST_STEPS = 5
+"""Steady ones, without which an attempt says nothing."""
+BYTES_OF_STEPS = 1 << 19
+"""Read from the end of an attempt's step records: some 1,500 of them."""
+SAME = ("parameters", "device", "gpu", "bytes_per_value", "activation_checkpointing", "sharding")
+"""Facts of a plan's forecast without which another run's speed means nothing."""
+ALIKE = ("sample_length", "micro_batch_size", "nodes", "ranks_per_node")
+"""Facts of a plan: of several runs the one with the most in common is taken, then the newest."""
+
+
+def calibrate(plan: dict[str, Any], places: Sequence[Path]) -> Measured | None:
+    """What the most similar of the earlier runs measured; None where there is none.
+
+    Args:
+        plan: of the run that is to be foreseen, as ``plan.json`` has it.
+        places: folders of run directories.
+    """
+    likes = [(likeness(plan, other), paths) for paths, other in earlier_runs(places)]  # the newest first, and so ranked
+    ranked = sorted(((much, paths) for much, paths in likes if much is not None), key=lambda like: -like[0])
+    return next((found for found in (measure(paths) for _, paths in ranked) if found), None)
+
+
+def calibrate_from(plan: dict[str, Any], paths: RunPaths) -> Measured:
+    """What a run that is named measured.
+
+    Raises:
+        ConfigError: it is of another model, device, precision or engine, or has measured nothing yet.
+    """
+    other = read_plan(paths)
+    if other is None or likeness(plan, other) is None:
+        theirs, ours = (facts_of(each) if each else "no plan with a forecast" for each in (other, plan))
+        raise ConfigError(
+            "--calibrate-from names a run of the same model, device, precision and engine",
+            found=f"{paths.root} ({theirs}), for {ours}",
+            remedy="Name another run, or leave it out: a fitting one is looked for",
+        )
+    measured = measure(paths)
+    if measured is None:
+        raise ConfigError(
+            f"--calibrate-from names a run with an attempt of {LEAST_STEPS + UNSTEADY_STEPS} steps or more",
+            found=str(paths.root),
+            remedy="Name another run, or leave it out",
+        )
+    return measured
+
+
+def earlier_runs(places: Sequence[Path]) -> Iterator[tuple[RunPaths, dict[str, Any]]]:
+    """The newest runs that lie in ``places``, those of chains too, with their plans."""
+    found: dict[Path, float] = {}
+    for place in {place.absolute() for place in places}:
+        for folder in folders_in(place):
+            runs = runs_of(folder).values() if os.path.lexists(folder / CHAIN_FILE) else [RunPaths(folder)]
+            for paths in runs:
+                with contextlib.suppress(OSError):  # no run, or gone meanwhile
+                    found[paths.root] = paths.plan.stat().st_mtime
+    for root in sorted(found, key=lambda root: found[root], reverse=True)[:NEWEST_RUNS]:
+        plan = read_plan(RunPaths(root))
+        if plan is not None:
+            yield RunPaths(root), plan
+
+
+def folders_in(place: Path) -> list[Path]:
+    """The folders in ``place``; none where it cannot be read."""
+    try:
+        with os.scandir(place) as entries:
+            return [Path(entry) for entry in entries if entry.is_dir()]
+    except OSError:
+        return []
+
+
+def read_plan(paths: RunPaths) -> dict[str, Any] | None:
+    """``plan.json`` of a run; None where there is none that has a forecast."""
+    try:
+        plan = json.loads(paths.plan.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return plan if isinstance(plan, dict) and isinstance(plan.get("forecast"), dict) else None
+
+
+def facts_of(plan: dict[str, Any]) -> dict[str, Any]:
+    return {name: plan["forecast"].get(name) for name in SAME}
+
+
+def likeness(plan: dict[str, Any], other: dict[str, Any]) -> int | None:
+    """How much two runs of the same model and device have in common, by their plans; None: they are not such."""
+    if facts_of(plan) != facts_of(other) or plan["forecast"].get("parameters") is None:
+        return None
+    return sum(plan.get(name) == other.get(name) for name in ALIKE)
+
+
+def measure(paths: RunPaths) -> Measured | None:
+    """What a run's newest attempt with enough steps measured; None where there is none, or its records are damaged."""
+    plan = read_plan(paths)
+    flops = plan["forecast"].get("flops_per_step") if plan else None
+    for number in reversed(paths.attempt_numbers()):
+        attempt = paths.attempt(number)
+        steps = list(filter(is_step, read_newest(attempt.steps, BYTES_OF_STEPS)))
+        if plan and flops and len(steps) >= LEAST_STEPS + UNSTEADY_STEPS:
+            return measured_by(attempt, steps, plan, name=paths.root.name)
+    return None
+
+
+def measured_by(attempt: AttemptPaths, steps: list[dict[str, Any]], plan: dict[str, Any], *, name: str) -> Measured:
+    """What the records of one attempt say.
+
+    Args:
+        steps: its step records, oldest first.
+    """
+    steady = steps[UNSTEADY_STEPS:]
+    mean = statistics.fmean(step["step_seconds"] for step in steady)
+    events = list(read_json_lines(attempt.events("rank-0")))
+    saves = [event for event in events if event.get("event") == "saved"]
+    stops = {event.get("step") for event in events if event.get("event") in ("evaluated", "saved")}
+    # between two steps lie evaluation, the part of a save that blocks, and what observers do
+    gaps = {after["step"]: after["time"] - after["step_seconds"] - before["time"] for before, after in pairwise(steady)}
+    paused = [gap for step, gap in gaps.items() if step - 1 in stops]
+    others = [gap for step, gap in gaps.items() if step - 1 not in stops]
+    beside = max(0.0, statistics.fmean(others)) if others else 0.0
+    began, ended = bounds_of(attempt)
+    first = read_ends(attempt.steps)[0]
+    ranks = plan["nodes"] * plan["ranks_per_node"]
+    return Measured(
+        source=name,
+        steps=len(steady),
+        step_seconds=mean + beside,
+        flops_per_second=plan["forecast"]["flops_per_step"] / mean / ranks,
+        startup_seconds=max(0.0, first["time"] - began - mean) if began and first and is_step(first) else None,
+        pause_seconds=max(0.0, statistics.fmean(paused) - beside) if paused else 0.0,
+        finish_seconds=max(0.0, ended - steps[-1]["time"]) if ended else None,
+        blocking_seconds=statistics.fmean(s["blocking_seconds"] for s in saves) if saves else None,
+        save_seconds=statistics.fmean(s["seconds"] for s in saves) if saves else None,
+        tokens_per_step=plan["tokens_per_step"],
+        ranks=ranks,
+    )
+
+
+def bounds_of(attempt: AttemptPaths) -> tuple[float | None, float | None]:
+    """When the attempt's process began and when its outcome was written, seconds since the epoch, as far as known."""
+    try:
+        began: float | None = read_record(attempt.process, ProcessRecord).created
+    except RunDirectoryError:
+        began = None
+    try:
+        outcome: Outcome | None = read_record(attempt.outcome, Outcome)
+    except RunDirectoryError:
+        outcome = None
+    return began, outcome.time if outcome and outcome.cause == "complete" else None

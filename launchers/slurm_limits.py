@@ -1,0 +1,228 @@
+"""What a cluster allows, asked of Slurm: partitions, their nodes, quality of service, and when a job would start.
+
+Beside ``launchers.slurm`` the only module that knows the formats of Slurm's answers. A question that Slurm does not
+answer leaves None: then nothing is refused for it here, and sbatch itself has the last word.
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from launchers.launch_options import limit_seconds
+from launchers.slurm import COMMAND_TIMEOUT_SECONDS, ask, outside_any_job, refusal
+
+NO_LIMIT = frozenset({"", "UNLIMITED", "INFINITE", "NONE", "N/A", "(null)"})
+UNUSABLE = ("down", "drain", "fail", "maint", "planned_down", "power_down", "reboot", "unknown", "inval", "future")
+"""What the state of a node begins with where no job can start for a while; ``drain`` covers draining and drained."""
+SIZES = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+STARTS = re.compile(r"to start at (\S+)")
+"""In what sbatch --test-only says."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """What one node has, by Slurm's configuration."""
+
+    name: str
+    usable: bool
+    """Whether jobs can start there, now or when others have ended."""
+    cpus: int
+    memory_bytes: float
+    gpus: int
+    gres: str
+    """As Slurm says it: "gpu:h100:8(S:0-1)"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Partition:
+    """What a partition allows."""
+
+    name: str
+    default: bool
+    up: bool
+    max_seconds: float | None
+    """Longest time limit of a job; None: none."""
+    default_seconds: float | None
+    """Time limit of a job that asks for none."""
+    max_nodes: int | None
+    total_nodes: int
+    qos: str | None
+    """Quality of service whose limits hold for all of its jobs."""
+    allowed_qos: tuple[str, ...] = ()
+    """Empty: all."""
+    allowed_accounts: tuple[str, ...] = ()
+    """Empty: all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Qos:
+    """What a quality of service allows one job; None: no limit."""
+
+    name: str
+    max_seconds: float | None = None
+    max_resources: Mapping[str, int] = field(default_factory=dict)
+    """Of a job or of a user, the smaller: node, cpu, gres/gpu -> how many."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """All that Slurm says; None where it does not."""
+
+    partitions: Sequence[Partition] | None = None
+    partition: Partition | None = None
+    """The one that the job asks for, or the default."""
+    nodes: Sequence[Node] | None = None
+    """Of that partition."""
+    qos: Sequence[Qos] = ()
+    """Those that hold for the job, where accounting enforces limits."""
+    known_qos: tuple[str, ...] | None = None
+    """Names of all of them."""
+
+
+def read_limits(flags: Mapping[str, str | bool]) -> Limits:
+    """Ask Slurm about what a job with these sbatch flags meets."""
+    partitions = parse_partitions(ask("scontrol", "--oneliner", "show", "partition").out) or None
+    asked = str(flags.get("partition", "")).split(",")[0]
+    partition = next((p for p in partitions or () if p.name == asked or (not asked and p.default)), None)
+    nodes = None
+    if partition:
+        answer = ask("sinfo", "--noheader", "--Node", f"--partition={partition.name}", "--format=%N|%T|%G|%m|%c")
+        nodes = parse_nodes(answer.out) if answer.ok else None
+    names = [str(name) for name in (flags.get("qos"), partition and partition.qos) if name]
+    known, all_qos = None, {}
+    if names and enforces_limits(ask("scontrol", "show", "config").out):
+        answer = ask("sacctmgr", "--noheader", "--parsable2", "show", "qos", "format=Name,MaxWall,MaxTRES,MaxTRESPU")
+        if answer.ok:
+            all_qos = {qos.name: qos for qos in parse_qos(answer.out)}
+            known = tuple(all_qos)
+    return Limits(
+        partitions=partitions, partition=partition, nodes=nodes,
+        qos=[all_qos[name] for name in names if name in all_qos], known_qos=known,
+    )  # fmt: skip
+
+
+def enforces_limits(config: str) -> bool:
+    """Whether a controller with this configuration holds jobs to the limits of accounting."""
+    found = re.search(r"^AccountingStorageEnforce\s*=\s*(.*)$", config, re.MULTILINE)
+    return bool(found) and "limits" in found.group(1)  # type: ignore[union-attr]
+
+
+def parse_partitions(text: str) -> list[Partition]:
+    """``scontrol --oneliner show partition``."""
+    found = []
+    for line in text.splitlines():
+        facts = dict(word.partition("=")[::2] for word in line.split())
+        if "PartitionName" not in facts:
+            continue
+        found.append(
+            Partition(
+                name=facts["PartitionName"],
+                default=facts.get("Default") == "YES",
+                up=facts.get("State", "UP") == "UP",
+                max_seconds=_seconds(facts.get("MaxTime", "")),
+                default_seconds=_seconds(facts.get("DefaultTime", "")),
+                max_nodes=_count(facts.get("MaxNodes", "")),
+                total_nodes=int(facts.get("TotalNodes", "0")),
+                qos=None if facts.get("QoS", "") in NO_LIMIT else facts["QoS"],
+                allowed_qos=_names(facts.get("AllowQos", "ALL")),
+                allowed_accounts=_names(facts.get("AllowAccounts", "ALL")),
+            )
+        )
+    return found
+
+
+def parse_nodes(text: str) -> list[Node]:
+    """``sinfo --Node --format=%N|%T|%G|%m|%c``: name, state, GRES, memory in MiB, CPUs."""
+    found = {}
+    for row in (line.split("|") for line in text.splitlines()):
+        if len(row) != 5:
+            continue
+        name, state, gres, memory, cpus = row
+        found[name] = Node(
+            name=name, usable=not state.startswith(UNUSABLE), cpus=int(cpus.rstrip("+")),
+            memory_bytes=int(memory.rstrip("+")) * SIZES["M"], gpus=count_gpus(gres), gres=gres,
+        )  # fmt: skip
+    return list(found.values())
+
+
+def count_gpus(gres: str) -> int:
+    """GPUs of a GRES list: "gpu:h100:8(S:0-1),nvme:1" has 8."""
+    plain = re.sub(r"\([^)]*\)", "", gres)
+    entries = (entry.split(":") for entry in plain.split(","))
+    return sum(int(entry[-1]) for entry in entries if entry[0] == "gpu" and entry[-1].isdecimal())
+
+
+def parse_qos(text: str) -> list[Qos]:
+    """``sacctmgr --parsable2 show qos format=Name,MaxWall,MaxTRES,MaxTRESPU``."""
+    found = []
+    for row in (line.split("|") for line in text.splitlines()):
+        if len(row) != 4:
+            continue
+        name, wall, a_job, a_user = row
+        resources: dict[str, int] = {}
+        for pair in (*a_job.split(","), *a_user.split(",")):
+            what, _, count = pair.partition("=")
+            if count.isdecimal():
+                resources[what] = min(int(count), resources.get(what, int(count)))
+        found.append(Qos(name=name, max_seconds=_seconds(wall), max_resources=resources))
+    return found
+
+
+def memory_bytes(text: str) -> float | None:
+    """sbatch's --mem in bytes, MiB without a unit; None where it is no size, or 0, which is all of it."""
+    found = re.fullmatch(r"(\d+)([KMGT]?)B?", text.strip().upper())
+    return int(found.group(1)) * SIZES[found.group(2) or "M"] or None if found else None
+
+
+@dataclass(frozen=True)
+class StartTest:
+    """What sbatch --test-only says of a script."""
+
+    start: str | None
+    """Local time, as Slurm writes it; None: it does not say."""
+    problem: str | None
+    """Why it would be refused; None: it would not be, or nobody knows."""
+
+
+def ask_start(script: str) -> StartTest:
+    """Ask when a job with this script would start; nothing is queued. A controller that is away refuses nothing."""
+    environment = {name: value for name, value in outside_any_job(os.environ).items() if not name.startswith("SBATCH_")}
+    try:
+        done = subprocess.run(
+            ["sbatch", "--test-only"], input=script, capture_output=True, text=True, check=False, env=environment,
+            timeout=COMMAND_TIMEOUT_SECONDS,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return StartTest(None, None)
+    said = done.stdout + done.stderr
+    found = STARTS.search(said)
+    if done.returncode == 0:
+        return StartTest(found.group(1) if found else None, None)
+    if "contact" in said.lower() or "timed out" in said.lower():
+        return StartTest(None, None)
+    return StartTest(None, refusal(said.replace("allocation failure: ", "")))
+
+
+def account_of(flags: Mapping[str, str | bool]) -> str:
+    """The account that a job asks for, or whose it is."""
+    return str(flags.get("account") or f"{getpass.getuser()}'s own")
+
+
+def _seconds(text: str) -> float | None:
+    try:
+        return None if text in NO_LIMIT else limit_seconds(text)
+    except ValueError:
+        return None
+
+
+def _count(text: str) -> int | None:
+    return int(text) if text.isdecimal() else None
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return () if text in ("ALL", *NO_LIMIT) else tuple(text.split(","))
