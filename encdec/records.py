@@ -168,6 +168,12 @@ def read_steps(path: Path) -> Iterator[dict[str, Any]]:
     return filter(is_step, read_json_lines(path))
 
 
+START_UP = "start_up"
+"""Kind of the events that tell a start's parts apart: ``done`` (launch, imports, rendezvous or load) and ``restart``,
+the restarts in place before it.
+"""
+
+
 def event(kind: str, **facts: Any) -> dict[str, Any]:
     """One entry of the ledger: its kind, the time in seconds since the epoch, and the facts."""
     return {"event": kind, "time": time.time(), **facts}
