@@ -50,6 +50,16 @@ class Part(StrEnum):
 
 PRODUCTIVE = frozenset({Part.TRAINING, Part.EVALUATION})
 STARTING = (Part.LAUNCH, Part.IMPORTS, Part.RENDEZVOUS, Part.LOAD, Part.FIRST_STEP, Part.START_UP)
+GROUPS: Mapping[str, tuple[Part, ...]] = {
+    "productive": (Part.TRAINING, Part.EVALUATION),
+    "save stalls": (Part.SAVE_STALL,),
+    "lost steps": (Part.LOST,),
+    "start-up": STARTING,
+    "queue wait": (Part.QUEUE,),
+    "down": (Part.DOWN,),
+    "other work": (Part.BETWEEN_STEPS, Part.CLOSING),
+}
+"""The parts as a person is told of them; each part is in one."""
 RECOVERING = frozenset({*STARTING, Part.QUEUE, Part.DOWN})
 """What an interruption costs beside the steps that it loses."""
 PART_OF_MARK: Mapping[str, Part] = {
@@ -166,9 +176,10 @@ def account(story: RunStory, *, over: bool, now: float | None = None) -> Ledger:
     """
     book = _Book(story.began)
     lost = lost_steps(story, over=over)
-    for before, attempt, its_lost in zip([None, *story.attempts], story.attempts, lost, strict=False):
-        _wait(book, story, before, attempt)
-        _run(book, attempt, its_lost)
+    for number, attempt in enumerate(story.attempts):
+        _wait(book, story, story.attempts[number - 1] if number else None, attempt)
+        book.limit = story.attempts[number + 1].began if number + 1 < len(story.attempts) else np.inf
+        _run(book, attempt, lost[number])
     newest = story.attempts[-1] if story.attempts else None
     if now is not None:
         book.until(now, Part.QUEUE if newest is None or newest.queued else Part.DOWN)
@@ -200,6 +211,8 @@ class _Book:
 
     def __init__(self, began: float) -> None:
         self.now = began
+        self.limit = np.inf
+        """When the next attempt begins: what a node that was cut off does after that is nobody's time."""
         self.spans: list[Span] = []
         self._cause = FIRST_START
         self._ends: list[_End] = []
@@ -210,6 +223,7 @@ class _Book:
 
     def add(self, moment: float, seconds: Mapping[Part, float], attempt: int | None, restart: int) -> None:
         """The time until ``moment`` is split into ``seconds``."""
+        moment = min(moment, self.limit)
         if moment > self.now:
             cause = self._cause if RECOVERING.intersection(seconds) else ""
             self.spans.append(Span(self.now, moment, seconds, attempt, restart, cause))
@@ -260,17 +274,18 @@ def _wait(book: _Book, story: RunStory, before: AttemptStory | None, attempt: At
 def _run(book: _Book, attempt: AttemptStory, lost: np.ndarray) -> None:
     """All starts of an attempt's ranks."""
     of_restart = attempt.steps["restart"]
-    last = int(max([0, *attempt.restarts, *attempt.failures, of_restart.max(initial=0)]))
-    for restart in range(last + 1):
-        start = _Start(attempt, restart, np.flatnonzero(of_restart == restart), lost)
+    restarts = sorted({0, *attempt.restarts, *attempt.failures, *np.unique(of_restart).astype(int).tolist()})
+    for restart, following in zip(restarts, [*restarts[1:], None], strict=True):
+        rows = np.flatnonzero((of_restart == restart) & (attempt.steps["time"] <= book.limit))
+        start = _Start(attempt, restart, rows, lost)
         died = attempt.failures.get(restart, (None, ""))[0]
-        again = attempt.restarts.get(restart + 1)
         start.begin(book)
-        if restart < last:
-            cause, over = RANK_DIED, again or died or book.now
-        else:
+        if following is None:
             cause, over = attempt.cause, attempt.ended or attempt.last_sign
-        start.end(book, died or over, failed=restart < last or died is not None or cause in FAILED)
+        else:
+            cause, over = RANK_DIED, attempt.restarts.get(following) or died or book.now
+        failed = following is not None or died is not None or cause in FAILED
+        start.end(book, died or over, failed=failed)
         book.interrupted(cause, attempt.number, restart, start.lost_at_end)
         book.until(over, Part.DOWN, attempt.number, restart)
 

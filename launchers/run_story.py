@@ -5,11 +5,12 @@ Times are seconds since the epoch. A line that lacks what every line of its kind
 
 from __future__ import annotations
 
+import contextlib
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 
@@ -24,6 +25,8 @@ COLUMNS = (
     "tokens_per_second", "tokens_seen", "memory_gb",
 )  # fmt: skip
 """Fields of a StepRecord that are kept."""
+PLACING = COLUMNS[:4]
+"""Of them, those without which a step has no place in the story."""
 Steps = Mapping[str, np.ndarray]
 """By column, float64 [N], in the order of the records."""
 Event = Mapping[str, Any]
@@ -163,9 +166,17 @@ def read_attempt(number: int, paths: AttemptPaths) -> AttemptStory:
         marks=sorted(marks_of(head) + marks_of(leader)),
         steps=steps,
         failures=first_failures(nodes),
-        restarts={event["restart"]: event["time"] for event in head if event["event"] == "restarting"},
+        restarts={
+            event["restart"]: event["time"]
+            for event in head
+            if event["event"] == "restarting" and isinstance(event.get("restart"), int)
+        },
         saves=list(saves_of(leader)),
-        evaluations=[(event["step"], event["time"]) for event in leader if event["event"] == "evaluated"],
+        evaluations=[
+            (event["step"], event["time"])
+            for event in leader
+            if event["event"] == "evaluated" and is_number(event.get("step"))
+        ],
         events=leader,
         outcome=outcome,
         ended=max([outcome.time, *ends]) if outcome else None,
@@ -176,11 +187,13 @@ def read_attempt(number: int, paths: AttemptPaths) -> AttemptStory:
 
 def columns_of(file: Path) -> Steps:
     """The step records of a file, by column."""
-    columns = {name: array("d") for name in COLUMNS}
+    rows = array("d")
     for record in read_steps(file):
-        for name, column in columns.items():
-            column.append(record[name])
-    return {name: np.asarray(column, dtype=np.float64) for name, column in columns.items()}
+        with contextlib.suppress(OverflowError):  # an integer beyond all floats is no measurement
+            rows.extend([float(record[name]) for name in COLUMNS])
+    table = np.asarray(rows, dtype=np.float64).reshape(-1, len(COLUMNS)).T
+    placed = np.isfinite(table[: len(PLACING)]).all(axis=0)
+    return {name: column[placed] for name, column in zip(COLUMNS, table, strict=True)}
 
 
 def timed(events: Iterable[Event]) -> Iterator[Event]:
@@ -188,8 +201,14 @@ def timed(events: Iterable[Event]) -> Iterator[Event]:
     return (event for event in events if isinstance(event.get("event"), str) and is_time(event.get("time")))
 
 
-def is_time(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e11
+def is_time(value: object) -> TypeGuard[float]:
+    """Whether it can be seconds since the epoch."""
+    return is_number(value) and 0 < value < 1e11
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is a finite number that a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
 def marks_of(events: Iterable[Event]) -> list[Mark]:
@@ -218,9 +237,9 @@ def saves_of(events: Iterable[Event]) -> Iterator[Save]:
     for event in events:
         if event["event"] == START_UP:
             restart = event.get("restart", restart)
-        elif event["event"] == "saved":
-            seconds = event["seconds"]
-            yield Save(event["step"], restart, seconds, event.get("blocking_seconds", seconds))
+        elif event["event"] == "saved" and is_number(event.get("step")) and is_number(event.get("seconds")):
+            blocking = event.get("blocking_seconds")  # older ledgers knew no other saves than those that block
+            yield Save(event["step"], restart, event["seconds"], blocking if is_number(blocking) else event["seconds"])
 
 
 def is_queued(events: Iterable[Event]) -> bool:
