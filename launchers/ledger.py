@@ -218,12 +218,12 @@ class _Book:
         self._ends: list[_End] = []
 
     def until(self, moment: float, part: Part, attempt: int | None = None, restart: int = 0) -> None:
-        """``part`` goes on until ``moment``."""
+        """``part`` goes on until ``moment``, but not beyond the limit."""
+        moment = min(moment, self.limit)
         self.add(moment, {part: moment - self.now}, attempt, restart)
 
     def add(self, moment: float, seconds: Mapping[Part, float], attempt: int | None, restart: int) -> None:
-        """The time until ``moment`` is split into ``seconds``."""
-        moment = min(moment, self.limit)
+        """The time until ``moment``, not beyond the limit, is split into ``seconds``."""
         if moment > self.now:
             cause = self._cause if RECOVERING.intersection(seconds) else ""
             self.spans.append(Span(self.now, moment, seconds, attempt, restart, cause))
@@ -244,7 +244,7 @@ class _Book:
         found = []
         for number, end in enumerate(self._ends):
             since, here, until = limits[number : number + 3]
-            if here < until:
+            if number + 1 < len(self._ends) or any(span.attempt is None for span in self.spans[here:until]):
                 lost, after = sum_parts(self.spans[since:here])[Part.LOST], sum_parts(self.spans[here:until])
                 recovery = sum(after[part] for part in RECOVERING)
                 found.append(Interruption(end.cause, end.attempt, end.restart, end.lost_steps, lost, recovery))

@@ -129,8 +129,8 @@ def chart(curve: Curve, *, starts: Sequence[Note] = (), alerts: Sequence[Note] =
     upward = value_axis(seen, from_zero=curve.from_zero)
     _grid(root, across, upward)
     for note in _few(starts, across):
-        x = f"{float(across.place(note.step)):.1f}"
-        line = ElementTree.SubElement(root, "path", {"class": "start", "d": f"M{x} {TOP}V{HEIGHT - BOTTOM}"})
+        where = f"M{float(across.place(note.step)):.1f} {TOP}V{HEIGHT - BOTTOM}"
+        line = ElementTree.SubElement(root, "path", {"class": "start", "d": where})
         ElementTree.SubElement(line, "title").text = note.text
     if len(lost.x):
         _dots(root, across.place(lost.x), upward.place(lost.mean))
@@ -158,7 +158,7 @@ def _grid(root: ElementTree.Element, across: Axis, upward: Axis) -> None:
         y = float(upward.place(value))
         ElementTree.SubElement(root, "path", {"class": "grid", "d": f"M{LEFT} {y:.1f}H{WIDTH - RIGHT}"})
         _text(root, LEFT - 5, y + 3.5, compact(value), anchor="end")
-    for value in across.ticks(4):
+    for value in across.ticks(6):
         if value == int(value):
             _text(root, float(across.place(value)), HEIGHT - 7, compact(value), anchor="middle")
 

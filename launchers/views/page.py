@@ -73,6 +73,7 @@ def facts(found: Retrospect, *, now: float) -> dict[str, Any]:
         "ledger": ledger,
         "now": now,
         "counted": last_of(found),
+        "accounted": share(sum(totals.values()), ledger.wall),
         "groups": [
             {
                 "name": group, "seconds": seconds, "share": share(seconds, ledger.wall),

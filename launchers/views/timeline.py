@@ -45,9 +45,9 @@ def bars(spans: Iterable[Span], ledger: Ledger) -> list[Bar]:
 def pieces_of(span: Span) -> list[tuple[float, float, str]]:
     """(began, ended, group) of a span: one, or two where a part of its training was lost."""
     lost = span.seconds.get(Part.LOST, 0.0)
-    others = {part: seconds for part, seconds in span.seconds.items() if part is not Part.LOST}
+    others: dict[Part, float] = {part: seconds for part, seconds in span.seconds.items() if part is not Part.LOST}
     turn = span.ended - lost
-    main = max(others, key=lambda part: others[part]) if others else Part.LOST
+    main: Part = max(others, key=lambda part: others[part]) if others else Part.LOST
     pieces = [(span.began, turn, GROUP_OF[main]), (turn, span.ended, GROUP_OF[Part.LOST])]
     return [piece for piece in pieces if piece[1] > piece[0]]
 

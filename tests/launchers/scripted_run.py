@@ -112,5 +112,3 @@ def step_record(step: int, time: float, seconds: float, attempt: int, restart: i
         step=step, tokens_seen=384 * step, tokens_per_second=384 / seconds, step_seconds=seconds, data_seconds=0.0,
         samples_consumed=8 * step, attempt=attempt, restart=restart, time=time, **values,
     ).to_json()  # fmt: skip
-
-
