@@ -177,12 +177,11 @@ def account(story: RunStory, *, over: bool, now: float | None = None) -> Ledger:
     book = _Book(story.began)
     lost = lost_steps(story, over=over)
     for number, attempt in enumerate(story.attempts):
-        _wait(book, story, story.attempts[number - 1] if number else None, attempt)
+        _wait(book, story, story.attempts[number - 1] if number else None, attempt.began)
         book.limit = story.attempts[number + 1].began if number + 1 < len(story.attempts) else np.inf
         _run(book, attempt, lost[number])
-    newest = story.attempts[-1] if story.attempts else None
     if now is not None:
-        book.until(now, Part.QUEUE if newest is None or newest.queued else Part.DOWN)
+        _wait(book, story, story.attempts[-1] if story.attempts else None, now)
     count = int(sum(its_lost.sum() for its_lost in lost))
     return Ledger(
         began=story.began, ended=book.now, spans=book.spans, interruptions=book.interruptions(),
@@ -263,12 +262,12 @@ class _End:
     lost_steps: int
 
 
-def _wait(book: _Book, story: RunStory, before: AttemptStory | None, attempt: AttemptStory) -> None:
-    """The time before an attempt: in the queue from when something of the run is known to be there."""
+def _wait(book: _Book, story: RunStory, before: AttemptStory | None, until: float) -> None:
+    """The time after an attempt: in the queue from when something of the run is known to be there."""
     if before is not None and (before.ended is None or not before.queued):
-        asked = [moment for moment in story.submissions if book.now <= moment <= attempt.began]
-        book.until(min(asked, default=attempt.began), Part.DOWN)
-    book.until(attempt.began, Part.QUEUE)
+        asked = [moment for moment in story.submissions if book.now <= moment <= until]
+        book.until(min(asked, default=until), Part.DOWN)
+    book.until(until, Part.QUEUE)
 
 
 def _run(book: _Book, attempt: AttemptStory, lost: np.ndarray) -> None:

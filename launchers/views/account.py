@@ -25,15 +25,15 @@ def numbers_table(*names: str) -> Table:
 def headline(found: Retrospect) -> list[str]:
     """What matters most, a line each."""
     ledger, records = found.ledger, found.records
-    predicted = found.predicted_ettr
-    lines = [
+    foretold = {"the formula says": found.predicted_ettr, "the plan expected": found.planned_ettr}
+    words = "".join(f"; {who} {value:.3f}" for who, value in foretold.items() if value is not None)
+    return [
         f"{found.view.name}: {found.view.standing.words}; {records.phase}, "
         f"{ledger.steps:,} of {records.total_steps:,} steps in {len(records.attempts)} attempt(s)",
         f"from {moment(ledger.began)} to {moment(ledger.ended)}: {duration(ledger.wall)}",
         f"ETTR {ledger.ettr:.3f}: {duration(ledger.productive)} productive; {ledger.ettr_while_running:.3f} without "
-        "the time in the queue" + ("" if predicted is None else f"; the formula says {predicted:.3f}"),
+        f"the time in the queue{words}",
     ]
-    return lines
 
 
 def parts_table(found: Retrospect) -> Table:

@@ -14,14 +14,13 @@ from encdec.files import RunPaths
 from encdec.gates import Evidence
 from encdec.training.run_config import RunConfig, read_run_config
 from launchers.goodput import Circumstances, measure, predict
-from launchers.ledger import Interruption, Ledger, Part, Span, account, lost_steps, sum_parts
-from launchers.run_story import AttemptStory, Event, RunStory, Steps, read_story
+from launchers.ledger import Interruption, Ledger, Part, account, lost_steps, sum_parts
+from launchers.run_story import AttemptStory, Event, RunStory, Steps, is_number, read_story
 from launchers.views.charts import Curve, Note
 from launchers.views.overview import RunRecords, RunView, look
 from launchers.views.standing import State
 
 ALIVE = frozenset({State.RUNNING, State.UNKNOWN})
-WAITING = frozenset({State.PENDING, State.NEW})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +63,8 @@ class Retrospect:
     """For each attempt which of its step records are lost, bool [N]."""
     circumstances: Circumstances | None
     """What the formula for the ETTR is fed with; None before the first step."""
+    planned_ettr: float | None
+    """What the plan expected, time in the queue not counted; None where it did not say."""
 
     @property
     def records(self) -> RunRecords:
@@ -76,6 +77,7 @@ class Retrospect:
 
     @property
     def attempts(self) -> list[AttemptAccount]:
+        """Oldest first."""
         return list(self._attempts())
 
     def _attempts(self) -> Iterator[AttemptAccount]:
@@ -193,11 +195,20 @@ def look_back(paths: RunPaths, *, now: float) -> Retrospect:
     run = read_run_config(paths)
     story = read_story(paths, run)
     over = view.standing.state not in ALIVE
-    ledger = account(story, over=over, now=now if view.standing.state in WAITING else None)
+    ledger = account(story, over=over, now=now if view.standing.state is State.PENDING else None)
     return Retrospect(
         view=view, run=run, story=story, ledger=ledger, lost=lost_steps(story, over=over),
-        circumstances=measure(ledger, story),
+        circumstances=measure(ledger, story), planned_ettr=planned_ettr(paths),
     )  # fmt: skip
+
+
+def planned_ettr(paths: RunPaths) -> float | None:
+    """The ETTR in the forecast of plan.json; None where it has none."""
+    try:
+        value = json.loads(paths.plan.read_bytes())["forecast"]["ettr"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return float(value) if is_number(value) else None
 
 
 def document(found: Retrospect) -> dict[str, Any]:
@@ -219,6 +230,7 @@ def document(found: Retrospect) -> dict[str, Any]:
         "ettr": ledger.ettr,
         "ettr_while_running": ledger.ettr_while_running,
         "predicted_ettr": found.predicted_ettr,
+        "planned_ettr": found.planned_ettr,
         "prediction_from": asdict(found.circumstances) if found.circumstances else None,
         "parts": ledger.totals,
         "causes": [asdict(cause) for cause in found.causes],
@@ -252,6 +264,3 @@ def finite(value: Any) -> Any:
 
 def as_json(found: Retrospect) -> str:
     return json.dumps(document(found), indent=2, allow_nan=False)
-
-
-__all__ = ["AttemptAccount", "CauseAccount", "Retrospect", "Span", "as_json", "document", "look_back"]

@@ -240,6 +240,16 @@ def test_run_in_the_queue_waits_until_now(script: ScriptedRun):
     assert (ledger.ettr, ledger.ettr_while_running, ledger.steps) == (0, 0, 0)
 
 
+def test_run_that_was_submitted_again_waits_from_then_on(script: ScriptedRun):
+    script.submitted(0)
+    script.attempt(0)
+    script.ended("crash", 10, step=0)
+    script.submitted(40)
+    ledger = ledger_of(script.paths, now=100)
+    assert told(ledger) == {Part.DOWN: 10 + 30, Part.QUEUE: 60}
+    assert [(each.cause, each.recovery_seconds) for each in ledger.interruptions] == [("crash", pytest.approx(100))]
+
+
 def test_phase_of_a_chain_does_not_account_for_the_one_before(script: ScriptedRun, tmp_path: Path):
     """Its job waits in the queue from the beginning; its time begins when the gate before it opens."""
     before = RunPaths(tmp_path / "before")

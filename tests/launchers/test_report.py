@@ -28,7 +28,7 @@ from launchers.views.downsample import envelope
 from launchers.views.page import MOST_ALERTS, clean, render
 from launchers.views.retrospect import look_back
 from launchers.views.units import compact, duration
-from tests.launchers.conftest import Story
+from tests.launchers.conftest import Play, Story
 from tests.launchers.scripted_run import ZERO, ScriptedRun
 
 BROWSER = next(filter(shutil.which, ("chromium", "chromium-headless-shell", "google-chrome")), None)
@@ -124,11 +124,25 @@ def test_document_is_json_for_programs(run: RunPaths, capsys: pytest.CaptureFixt
     assert told["gate"]["passed"] is True
 
 
-def test_run_that_waits_has_a_report(story: Story, capsys: pytest.CaptureFixture[str]):
+def test_run_that_waits_has_a_report(story: Story, play: Play, capsys: pytest.CaptureFixture[str]):
     ScriptedRun(story.paths).submitted(0)
+    story.job("7")
+    play("squeue", "7|PENDING|Priority|N/A\n")
     assert report.main([str(story.paths.root)]) == 0
-    assert "0 of 60 steps in 0 attempt(s)" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "0 of 60 steps in 0 attempt(s)" in told
+    assert re.search(r"queue wait +\d+ d.* +100\.0 %", told)
+    assert len(play.calls("squeue")) == 1
     parse(page_of(story.paths))
+
+
+def test_plan_s_own_expectation_is_told_beside(run: RunPaths, capsys: pytest.CaptureFixture[str]):
+    run.plan.write_text('{"forecast": {"ettr": 0.875}}')
+    assert report.main([str(run.root)]) == 0
+    assert "the plan expected 0.875" in capsys.readouterr().out
+    assert "the plan expected 87.5 %" in page_of(run)
+    run.plan.write_text('{"forecast": null}')
+    assert look_back(run, now=NOW).planned_ettr is None
 
 
 def test_page_is_private_and_whole(run: RunPaths, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
