@@ -42,6 +42,7 @@ def measure(ledger: Ledger, story: RunStory) -> Circumstances | None:
     worked = totals[Part.TRAINING] + totals[Part.EVALUATION] + totals[Part.BETWEEN_STEPS] + totals[Part.LOST]
     if not ledger.steps + ledger.lost_steps or worked <= 0:
         return None
+    recoveries = [each.recovery_seconds for each in failures if each.recovery_seconds]
     saves = [save for attempt in story.attempts for save in attempt.saves]
     planned = sum_parts(span for span in ledger.spans if span.cause in PLANNED)
     jobs = 1 + sum(each.cause in PLANNED for each in ledger.interruptions)
@@ -50,8 +51,8 @@ def measure(ledger: Ledger, story: RunStory) -> Circumstances | None:
         mean_time_to_interrupt=running / len(failures) if failures else math.inf,
         blocking=totals[Part.SAVE_STALL] / max(1, len(saves)),
         commit=fmean(save.seconds - save.blocking_seconds for save in saves) if saves else 0.0,
-        recovery=fmean(each.recovery_seconds for each in failures) if failures else 0.0,
-        job=(running - sum(each.recovery_seconds for each in failures)) / jobs,
+        recovery=fmean(recoveries) if recoveries else 0.0,
+        job=(running - sum(recoveries)) / jobs,
         startup=sum(planned[part] for part in STARTING) / jobs,
         stop=totals[Part.CLOSING] / jobs,
         queue=planned[Part.QUEUE] / jobs,

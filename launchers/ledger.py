@@ -107,7 +107,7 @@ class Interruption:
     lost_steps: int
     lost_seconds: float
     recovery_seconds: float
-    """Until the next step: down, queue wait, start-up."""
+    """Until the next step: down, queue wait, start-up. 0 where nothing has followed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +121,7 @@ class Ledger:
     spans: Sequence[Span]
     """In order; each begins where the one before ends."""
     interruptions: Sequence[Interruption]
-    """In order. Without the first start, and without an end after which nothing came."""
+    """In order. Without the first start, and without an end that was as it should be."""
     steps: int
     """Steps that count."""
     lost_steps: int
@@ -184,7 +184,7 @@ def account(story: RunStory, *, over: bool, now: float | None = None) -> Ledger:
         _wait(book, story, story.attempts[-1] if story.attempts else None, now)
     count = int(sum(its_lost.sum() for its_lost in lost))
     return Ledger(
-        began=story.began, ended=book.now, spans=book.spans, interruptions=book.interruptions(),
+        began=story.began, ended=book.now, spans=book.spans, interruptions=book.interruptions(over=over),
         steps=sum(map(len, lost)) - count, lost_steps=count,
     )  # fmt: skip
 
@@ -237,13 +237,14 @@ class _Book:
         self._cause = cause
         self._ends.append(_End(len(self.spans), cause, attempt, restart, int(lost.sum())))
 
-    def interruptions(self) -> list[Interruption]:
-        """Those after which anything came."""
+    def interruptions(self, *, over: bool) -> list[Interruption]:
+        """Those after which anything came; of a run that is over the failure that has ended it, too."""
         limits = [0, *(end.spans for end in self._ends), len(self.spans)]
         found = []
         for number, end in enumerate(self._ends):
             since, here, until = limits[number : number + 3]
-            if number + 1 < len(self._ends) or any(span.attempt is None for span in self.spans[here:until]):
+            goes_on = number + 1 < len(self._ends) or any(span.attempt is None for span in self.spans[here:until])
+            if goes_on or (over and end.cause not in PLANNED):
                 lost, after = sum_parts(self.spans[since:here])[Part.LOST], sum_parts(self.spans[here:until])
                 recovery = sum(after[part] for part in RECOVERING)
                 found.append(Interruption(end.cause, end.attempt, end.restart, end.lost_steps, lost, recovery))

@@ -51,12 +51,12 @@ def parts_table(found: Retrospect) -> Table:
 
 
 def causes_table(found: Retrospect) -> Table:
-    table = numbers_table("interrupted by", "times", "steps lost", "in", "recovery", "each")
+    """What each cause has cost: steps computed again and the time in them, and the time that made up for it."""
+    table = numbers_table("lost to", "times", "steps", "in", "queue wait", "start-up", "down", "in all")
     for cause in found.causes:
-        table.add_row(
-            cause.cause, str(cause.times), f"{cause.lost_steps:,}", duration(cause.lost_seconds),
-            duration(cause.recovery_seconds), duration(cause.recovery_seconds / cause.times),
-        )  # fmt: skip
+        spent = (cause.lost_seconds, cause.queue_seconds, cause.start_up_seconds, cause.down_seconds, cause.seconds)
+        words = [duration(seconds) if seconds else "" for seconds in spent]
+        table.add_row(cause.cause, str(cause.times), f"{cause.lost_steps:,}" if cause.lost_steps else "", *words)
     return table
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from encdec.files import RunPaths
 from encdec.gates import Evidence
 from encdec.training.run_config import RunConfig, read_run_config
 from launchers.goodput import Circumstances, measure, predict
-from launchers.ledger import Interruption, Ledger, Part, account, lost_steps, sum_parts
+from launchers.ledger import STARTING, Ledger, Part, account, lost_steps, sum_parts
 from launchers.run_story import AttemptStory, Event, RunStory, Steps, is_number, read_story
 from launchers.views.charts import Curve, Note
 from launchers.views.overview import RunRecords, RunView, look
@@ -42,13 +42,20 @@ class AttemptAccount:
 
 @dataclass(frozen=True, kw_only=True)
 class CauseAccount:
-    """All interruptions by one cause."""
+    """All that one cause has cost."""
 
     cause: str
+    """Of interruptions; or that the run had to start at all."""
     times: int
     lost_steps: int
     lost_seconds: float
-    recovery_seconds: float
+    queue_seconds: float
+    start_up_seconds: float
+    down_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        return self.lost_seconds + self.queue_seconds + self.start_up_seconds + self.down_seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,20 +106,21 @@ class Retrospect:
     @property
     def causes(self) -> list[CauseAccount]:
         """The most expensive first."""
-        groups: dict[str, list[Interruption]] = {}
-        for each in self.ledger.interruptions:
-            groups.setdefault(each.cause, []).append(each)
+        parts = {cause: sum_parts(spans) for cause, spans in grouped(self.ledger.spans).items() if cause}
+        ends = grouped(self.ledger.interruptions)
         found = [
             CauseAccount(
                 cause=cause,
-                times=len(group),
-                lost_steps=sum(each.lost_steps for each in group),
-                lost_seconds=sum(each.lost_seconds for each in group),
-                recovery_seconds=sum(each.recovery_seconds for each in group),
+                times=len(ends.get(cause, [])) or 1,
+                lost_steps=sum(each.lost_steps for each in ends.get(cause, [])),
+                lost_seconds=sum(each.lost_seconds for each in ends.get(cause, [])),
+                queue_seconds=parts[cause][Part.QUEUE] if cause in parts else 0.0,
+                start_up_seconds=sum(parts[cause][part] for part in STARTING) if cause in parts else 0.0,
+                down_seconds=parts[cause][Part.DOWN] if cause in parts else 0.0,
             )
-            for cause, group in groups.items()
+            for cause in {**parts, **ends}
         ]
-        return sorted(found, key=lambda each: -(each.lost_seconds + each.recovery_seconds))
+        return sorted(found, key=lambda each: -each.seconds)
 
     @property
     def alerts(self) -> list[tuple[int, Event]]:
@@ -182,6 +190,25 @@ class Retrospect:
         return found[1:]
 
 
+class Caused(Protocol):
+    """A span or an interruption."""
+
+    @property
+    def cause(self) -> str:
+        """What it is due to."""
+
+
+Costly = TypeVar("Costly", bound=Caused)
+
+
+def grouped(items: Iterable[Costly]) -> dict[str, list[Costly]]:
+    """``items`` by their causes."""
+    groups: dict[str, list[Costly]] = {}
+    for item in items:
+        groups.setdefault(item.cause, []).append(item)
+    return groups
+
+
 def look_back(paths: RunPaths, *, now: float) -> Retrospect:
     """Read a run; Slurm is asked once, about its jobs, if it has any that may live.
 
@@ -233,7 +260,7 @@ def document(found: Retrospect) -> dict[str, Any]:
         "planned_ettr": found.planned_ettr,
         "prediction_from": asdict(found.circumstances) if found.circumstances else None,
         "parts": ledger.totals,
-        "causes": [asdict(cause) for cause in found.causes],
+        "causes": [{**asdict(cause), "seconds": cause.seconds} for cause in found.causes],
         "interruptions": [asdict(each) for each in ledger.interruptions],
         "attempts": [
             {

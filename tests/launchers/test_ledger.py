@@ -211,7 +211,7 @@ def test_fruitless_starts_are_interruptions_too(script: ScriptedRun):
         script.rank_died(seen=10 * restart + 5, again=10 * restart + 6)
     script.ended("crash", 40, step=0)
     ledger = ledger_of(script.paths)
-    assert [each.cause for each in ledger.interruptions] == ["rank died"] * 3
+    assert [each.cause for each in ledger.interruptions] == ["rank died"] * 3 + ["crash"]
     assert ledger.totals[Part.DOWN] == pytest.approx(40)
     assert ledger.ettr == 0
     assert measure(ledger, read_story(script.paths, read_run_config(script.paths))) is None

@@ -107,7 +107,8 @@ def test_terminal_has_time_by_part_and_cause(run: RunPaths, capsys: pytest.Captu
     assert re.search(r"lost steps +30 s +5\.0 %", told)
     assert re.search(r"queue wait +1 min 32 s +15\.3 %", told)
     assert re.search(r"all +10 min +100\.0 %", told)
-    assert re.search(r"killed +1 +30 +30 s", told)
+    assert re.search(r"first start +1 +20 s +24 s +44 s", told)
+    assert re.search(r"killed +1 +30 +30 s +20 s +22 s +1 min 38 s +2 min 50 s", told)
     assert "2 alert(s):" in told
 
 
