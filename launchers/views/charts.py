@@ -116,15 +116,13 @@ def chart(curve: Curve, *, starts: Sequence[Note] = (), alerts: Sequence[Note] =
     """
     root = ElementTree.Element("svg", {"viewBox": f"0 0 {WIDTH} {HEIGHT}", "role": "img"})
     ElementTree.SubElement(root, "title").text = f"{curve.title} by step"
-    counts, lost = (
-        envelope(curve.step, curve.value, BUCKETS),
-        envelope(curve.lost_step, curve.lost_value, LOST_BUCKETS),
-    )
+    counts = envelope(curve.step, curve.value, BUCKETS)
+    lost = envelope(curve.lost_step, curve.lost_value, LOST_BUCKETS)
     seen = np.concatenate([counts.low, counts.high, lost.low, lost.high])
     if not len(seen):
         _text(root, WIDTH / 2, HEIGHT / 2, "nothing was measured", anchor="middle")
         return ElementTree.tostring(root, encoding="unicode")
-    steps = np.concatenate([counts.x, lost.x])
+    steps = np.concatenate([curve.step, curve.lost_step])  # all of them: a bucket's mean lies inside
     across = Axis(float(steps.min()), max(float(steps.max()), float(steps.min()) + 1), LEFT, WIDTH - RIGHT)
     upward = value_axis(seen, from_zero=curve.from_zero)
     _grid(root, across, upward)
