@@ -243,7 +243,8 @@ def test_spikes_survive_the_fewest_points():
     picture = chart(curve)
     assert len(picture) < 20_000
     box = [float(number) for number in re.findall(r"[ ,ML](-?\d+\.\d),", re.sub(r"<title>.*?</title>", "", picture))]
-    assert min(box) >= 0 and max(box) <= 400
+    assert 0 <= min(box) <= max(box) <= 400
+    assert ">1M</text>" in picture  # the last step has its place on the axis
 
 
 def test_few_values_are_drawn_as_they_are():
