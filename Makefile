@@ -7,7 +7,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test slurm-packages check format clean prove-checkpoints prove-corruption prove-timeouts
+.PHONY: install demo test slurm-packages browser check format clean prove-checkpoints prove-corruption prove-timeouts
 
 install: .venv/installed
 
@@ -25,7 +25,7 @@ install: .venv/installed
 demo: install
 	$(BIN)/python -m launchers.submit --phase sanity_check --config configs/tiny.yaml --cluster local
 
-test: slurm-packages check
+test: slurm-packages browser check
 	@# two at a time: the tests on a real Slurm wait for its clocks half of their time
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
@@ -34,6 +34,12 @@ slurm-packages: install
 	@missing=$$($(BIN)/python -c 'from launchers.sandbox.preflight import missing_packages as m; print(*m())'); \
 	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$missing; \
+	fi
+
+# Debian's Chromium for the tests that look at reports; without root they skip and say so
+browser:
+	@if ! command -v chromium >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium; \
 	fi
 
 prove-checkpoints: install

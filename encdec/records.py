@@ -72,10 +72,11 @@ class JsonLinesWriter:
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the records of a JSON-lines file; a missing file has none, a torn line is skipped."""
     try:
-        content = path.read_bytes()
+        stream = path.open("rb")
     except FileNotFoundError:
         return
-    yield from _records(content.splitlines())
+    with stream:  # line by line: the steps of a long run are hundreds of megabytes
+        yield from _records(stream)
 
 
 def read_ends(path: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
@@ -177,6 +178,12 @@ def is_step(record: Any) -> bool:
 def read_steps(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the step records of a file; what is no whole one is skipped."""
     return filter(is_step, read_json_lines(path))
+
+
+START_UP = "start_up"
+"""Kind of the events that tell a start's parts apart: ``done`` (launch, imports, rendezvous or load) and ``restart``,
+the restarts in place before it.
+"""
 
 
 def event(kind: str, **facts: Any) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from encdec.training.finish import check_sanity, finish
 from encdec.training.origin import begin_from, has_checkpoint, require_origin, require_weights
 from encdec.training.run_config import RunConfig, read_run_config
 from encdec.training.signals import Requests
+from encdec.training.start_up import StartUp
 from encdec.training.trainer import Qwen3EncoderDecoderTrainer
 
 log = logging.getLogger("encdec.train")
@@ -85,15 +86,19 @@ def run_rank(
     """
     sharding.require_ranks(run.config.infra, expected_world_size)
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # a warning that comes this early is sent again by the agent
+    marks = StartUp(None if attempt is None else paths.attempt(attempt).events("rank-0"))
+    marks.done("imports")
     sharding.use_even_threads()
     store = sharding.open_store()
     packed_dir = Path(run.config.data.packed_dir)
     with storage.explained("The text must be readable, and data.packed_dir must take it", packed_dir):
         tokenizer, packed = prepare_text(run)
+    marks.done("load")
     device = sharding.start_process_group(run.config.infra)
+    marks.done("rendezvous")
     del store  # the process group has its own reference now
     with storage.explained("The run directory must take checkpoints and records", paths.root):
-        return _train(run, paths, attempt, resume_from, tokenizer, packed, device, make_model, gates, judge_end)
+        return _train(run, paths, attempt, resume_from, tokenizer, packed, device, make_model, gates, judge_end, marks)
 
 
 def _train(
@@ -107,10 +112,12 @@ def _train(
     make_model: ModelMaker | None,
     gates: LoopGates | None,
     judge_end: EndOfPhase | None,
+    marks: StartUp,
 ) -> dict[str, Any]:
     """What a rank does once it has text and a process group."""
     if attempt is None:
         attempt = distributed.on_rank_zero(paths.claim_attempt)
+        marks.tell(paths.attempt(attempt).events("rank-0"))
     require_one_attempt(attempt)
     with storage.explained("The model must be readable", Path(run.config.model.model_name_or_path)):
         fill = run.starts_from is None
@@ -133,6 +140,7 @@ def _train(
         trainer.start_from(resume_from)
         require_weights(run, goes_on=goes_on, step=trainer.state.global_step)
         requests.listen()  # not before: until now there is nothing to save, and SIGTERM should simply end this rank
+        marks.done("load")
         judge = functools.partial(judge_end, run, paths, tokenizer, packed, device) if judge_end else None
         result = finish(run, paths, trainer.train(), trainer, judge)
         trainer.checkpoints.close(hurried=result["cause"] == "signalled")

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any
 
 from encdec.files import AttemptPaths
-from encdec.records import JsonLinesWriter, RankResult, Refusal, event, read_record, read_steps
+from encdec.records import START_UP, JsonLinesWriter, RankResult, Refusal, event, read_record, read_steps
 from launchers.nodes.forkserver import EARLY, early_signals
 from launchers.nodes.outcomes import DEADLINE, WARNINGS, AttemptFacts
 from launchers.nodes.parts import NodeJob, RankGroup, Watcher
@@ -95,6 +95,9 @@ class NodeAgent:
         self._tell("rank_failed", detail=line, rank=rank, exit_code=exit_code, restart=restart)
         with told_if_refused():
             self._events.sync()  # the head node judges by it, soon
+
+    def met(self, restart: int) -> None:
+        self._tell(START_UP, done="rendezvous", restart=restart)
 
     def restarting(self, count: int) -> None:
         self._tell("restarting", restart=count)

@@ -26,6 +26,7 @@ from launchers.nodes.allocation import (
     wait_for_others,
 )
 from launchers.nodes.continuation import Continuation, Deadline
+from launchers.nodes.forkserver import LOADED
 from launchers.nodes.outcomes import judge
 from launchers.nodes.parts import NodeJob
 
@@ -40,6 +41,8 @@ def run_attempt(paths: RunPaths) -> int:
     allocation = read_allocation(os.environ)
     if allocation is None:
         job = local_job(run, paths)
+        with JsonLinesWriter(paths.attempt(job.attempt).events("node-0")) as ledger:
+            ledger.write(event("claimed", attempt=job.attempt, began=LOADED))
         return lead_attempt(paths, job, NodeAgent(job, paths.attempt(job.attempt)), None)
     if allocation.node_rank > 0:
         return follow_attempt(paths, run, allocation)
@@ -52,6 +55,7 @@ def run_attempt(paths: RunPaths) -> int:
     job = slurm_job(run, paths, lead(allocation, paths), allocation)
     attempt = paths.attempt(job.attempt)
     with JsonLinesWriter(attempt.events("node-0")) as ledger:
+        ledger.write(event("claimed", attempt=job.attempt, began=LOADED))
         continuation.begin(ledger)
     deadline = Deadline(allocation.job, continuation.options.lead_seconds, lambda: newest_stop_seconds(attempt))
     agent = NodeAgent(job, attempt, deadline=deadline.passed, warned=continuation.warned)

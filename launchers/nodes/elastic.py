@@ -100,6 +100,10 @@ class Supervisor(LocalElasticAgent):
         if not self._agent.may_restart() or self._fruitless > self._agent.job.max_restarts:
             self._remaining_restarts = 0
 
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        super()._rendezvous(worker_group)
+        self._agent.met(self.restarts)
+
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
         self.restarts += 1
         self._remaining_restarts = UNLIMITED - self.restarts  # counts those that another node's failure began, too

@@ -5,9 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.forkserver
 import signal
+import time
 
 EARLY = (signal.SIGUSR2, signal.SIGTERM)
 """Signals that ask to save."""
+LOADED = time.time()
+"""When this process began to load the launcher, seconds since the epoch. Its creation time is no such moment: it is
+counted from the boot, and a job of several phases is one process.
+"""
 early_signals: list[str] = []
 """Names of the signals that came before the agent could listen."""
 

@@ -58,6 +58,9 @@ class Watcher(Protocol):
     def tick(self) -> None:
         """Called at every look at the ranks (some 20 times a second)."""
 
+    def met(self, restart: int) -> None:
+        """The agents of all nodes have met, after so many restarts of the ranks."""
+
     def may_restart(self) -> bool:
         """Whether a failed group may be started again."""
 
