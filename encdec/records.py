@@ -6,6 +6,7 @@ A killed writer leaves at most one torn last line. Readers skip it, and the next
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import time
@@ -99,6 +100,12 @@ def _records(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
             yield record
 
 
+@functools.cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    """Made once a kind: that takes longer than reading a record."""
+    return TypeAdapter(kind)
+
+
 def read_record(path: Path, kind: type[Record]) -> Record:
     """The record that the JSON file ``path`` holds; keys of later versions are passed over.
 
@@ -106,7 +113,7 @@ def read_record(path: Path, kind: type[Record]) -> Record:
         RunDirectoryError: unreadable, or it does not hold a ``kind``.
     """
     try:
-        return TypeAdapter(kind).validate_json(path.read_bytes())
+        return _adapter(kind).validate_json(path.read_bytes())
     except OSError as error:
         problem = str(error.strerror)
     except ValidationError as error:
