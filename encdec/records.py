@@ -10,10 +10,10 @@ import functools
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -101,9 +101,9 @@ def _records(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
 
 
 @functools.cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
+def _adapter(kind: Hashable) -> TypeAdapter[Any]:
     """Made once a kind: that takes longer than reading a record."""
-    return TypeAdapter(kind)
+    return TypeAdapter(cast("type[Any]", kind))
 
 
 def read_record(path: Path, kind: type[Record]) -> Record:
@@ -113,7 +113,7 @@ def read_record(path: Path, kind: type[Record]) -> Record:
         RunDirectoryError: unreadable, or it does not hold a ``kind``.
     """
     try:
-        return _adapter(kind).validate_json(path.read_bytes())
+        return cast("Record", _adapter(cast("Hashable", kind)).validate_json(path.read_bytes()))
     except OSError as error:
         problem = str(error.strerror)
     except ValidationError as error:

@@ -6,7 +6,7 @@ import multiprocessing
 import multiprocessing.forkserver
 import signal
 
-EARLY = (signal.SIGUSR2, signal.SIGTERM)
+EARLY = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 """Signals that ask to save."""
 early_signals: list[str] = []
 """Names of the signals that came before the agent could listen."""

@@ -37,8 +37,6 @@ class Trouble:
     message: str
 
 
-
-
 @dataclass(frozen=True, kw_only=True)
 class AttemptView:
     """One attempt, as a person is told of it."""

@@ -91,6 +91,15 @@ class RunView:
             return None
         return self.records.command or "the same submit command"
 
+    @property
+    def instead_of_requeue(self) -> str:
+        """What to do with a run that has no job to be requeued, as a sentence."""
+        if self.next_command:
+            return f"Start it again: {self.next_command}"
+        if self.standing.state is State.RUNNING:
+            return f"python -m launchers.cancel {self.name}, then the same submit command on a cluster"
+        return f"python -m launchers.status {self.name} says why it ended: {self.standing.words}"
+
 
 def look(runs: Sequence[RunPaths], *, forgiving: bool) -> list[RunView]:
     """How each of the runs stands; Slurm is asked once for all.
