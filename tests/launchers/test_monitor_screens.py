@@ -73,7 +73,7 @@ def test_golden(scene: str, size: tuple[int, int], tmp_path: Path, monkeypatch: 
 def write_golden_files() -> None:
     GOLDEN.mkdir(parents=True, exist_ok=True)
     for scene, size in CASES:
-        with tempfile.TemporaryDirectory() as folder, mock.patch.object(socket, "gethostname", lambda: HOST):
+        with tempfile.TemporaryDirectory() as folder, mock.patch.object(socket, "gethostname", return_value=HOST):
             golden(scene, size).write_text(picture(SCENES[scene], Path(folder), size, *KEYS.get(scene, ())))
 
 
