@@ -103,6 +103,7 @@ def board_document(board: Board) -> dict[str, Any]:
         | {
             "vitals": asdict(sight.vitals),
             "seconds_left": sight.seconds_left,
+            "mfu": sight.mfu,
             "warnings": words.dangers(sight, board.now),
         }
         for sight in board.sights

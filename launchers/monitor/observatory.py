@@ -14,6 +14,7 @@ from launchers.slurm import JobState, Listing, list_jobs
 from launchers.views.growing_files import Memory
 from launchers.views.overview import RunRecords, RunView, read_or_damage, view
 from launchers.views.standing import State
+from launchers.views.utilization import Work, read_work
 from launchers.views.vitals import Pulse, Vitals
 
 SECONDS_BETWEEN_SQUEUES = 30.0
@@ -29,6 +30,13 @@ class Sight:
 
     view: RunView
     vitals: Vitals
+    work: Work | None = None
+    """What its plan says of a step and its GPUs."""
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOPs utilization of the newest steps, 0 to 1; None where the work or the GPUs are not known."""
+        return self.work.mfu(self.vitals.step_seconds) if self.work else None
 
     @property
     def lives(self) -> bool:
@@ -134,7 +142,7 @@ class Observatory:
         read = {paths: read_or_damage(paths, memory) for paths, (memory, _) in known.items()}
         self._jobs = [job for one in read.values() if isinstance(one, RunRecords) for job in one.jobs]
         listing = self.slurm.listing
-        sights = [sight(paths, one, listing.states, known[paths][1]) for paths, one in read.items()]
+        sights = [sight(paths, one, listing.states, *known[paths]) for paths, one in read.items()]
         return Board(
             now=self._clock(),
             sights=sorted(sights, key=attention),
@@ -148,14 +156,17 @@ class Observatory:
         return self.slurm.ask_if_due(self._jobs)
 
 
-def sight(paths: RunPaths, read: RunRecords | EncdecError, states: Mapping[str, JobState], pulse: Pulse) -> Sight:
+def sight(
+    paths: RunPaths, read: RunRecords | EncdecError, states: Mapping[str, JobState], memory: Memory, pulse: Pulse
+) -> Sight:
     """One run's records, Slurm's words and its steps together."""
     attempts = [one.number for one in read.attempts] if isinstance(read, RunRecords) else []
     try:
         vitals = pulse.look(attempts)
     except OSError:
         vitals = Vitals()  # its folder is being taken away, or closed to us: the records say so, now or next time
-    return Sight(view=view(paths, read, states), vitals=vitals)
+    work = memory.recall((paths.plan,), lambda: read_work(paths.plan))
+    return Sight(view=view(paths, read, states), vitals=vitals, work=work)
 
 
 def attention(one: Sight) -> tuple[int, str]:

@@ -197,20 +197,20 @@ def speed_words(sight: Sight) -> str:
     if vitals.tokens_per_second is None:
         return NOTHING
     memory = f", {vitals.memory_gb:.1f} GB" if vitals.memory_gb is not None else ""
-    return f"{vitals.tokens_per_second:,.0f} tokens/s, {percent(vitals.data_wait)} waiting for data{memory}"
+    mfu = f", MFU {percent(sight.mfu)}" if sight.mfu is not None else ""
+    return f"{vitals.tokens_per_second:,.0f} tokens/s{mfu}, {percent(vitals.data_wait)} waiting for data{memory}"
 
 
 def signs_of_life(sight: Sight, now: float) -> str:
-    """The newest checkpoint's age, and each node's heartbeat's."""
+    """The newest checkpoint's age, and that of each node's heartbeat, by node rank, the oldest first."""
     records = sight.view.records
     if records is None:
         return NOTHING
     saved = f"{records.checkpoint} saved {ago(records.checkpoint_time, now)} ago" if records.checkpoint else ""
-    beats = [f"{node}: {ago(beat, now)}" for node, beat in records.heartbeats.items()]
-    shown = beats
-    if len(beats) > 2 * MOST_NODES_NAMED:
-        oldest = sorted(records.heartbeats.items(), key=lambda item: item[1])[:MOST_NODES_NAMED]
-        shown = [f"{len(beats)} nodes, oldest " + ", ".join(f"{node}: {ago(beat, now)}" for node, beat in oldest)]
+    oldest = sorted(records.heartbeats.items(), key=lambda item: item[1])
+    beats = [f"{node}: {ago(beat, now)}" for node, beat in oldest]
+    many = len(beats) > 2 * MOST_NODES_NAMED
+    shown = [f"{len(beats)} nodes, oldest {', '.join(beats[:MOST_NODES_NAMED])}"] if many else beats
     return join([saved or "no checkpoint yet", f"heartbeats {', '.join(shown)}" if shown else ""])
 
 

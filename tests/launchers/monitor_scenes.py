@@ -149,6 +149,8 @@ def failed_gate(root: Path) -> Listing:
 def hung_node(root: Path) -> Listing:
     """Slurm calls the job RUNNING; one of its nodes has been silent for long, and no step has been done since."""
     story = on_slurm(root, "full-5d21c0de", "77")
+    plan = {"nodes": 4, "ranks_per_node": 8, "forecast": {"gpu": "h100", "flops_per_step": 2.6e16}}
+    atomic_write_json(story.paths.plan, plan)
     steps(story, 1, 33, ended=752.5, seconds=2.0)
     saved(story, 30, 780.5)
     beat(story, 3.5, 8.5, 745.5, 5.5)

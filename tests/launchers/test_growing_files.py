@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -67,7 +68,7 @@ def test_places_of_a_long_file_are_evenly_spaced(tmp_path: Path):
     path.write_text("".join(json.dumps({"n": number, "pad": "x" * 200}) + "\n" for number in range(20_000)))
     numbers = [record["n"] for record in records_between(path, 20)]
     assert len(numbers) == 20 and numbers[0] == 0 and numbers == sorted(numbers)
-    gaps = [later - earlier for earlier, later in zip(numbers, numbers[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(numbers)]
     assert max(gaps) < 1.1 * min(gaps)
 
 
@@ -165,5 +166,5 @@ def test_long_curve_is_thinned_out_evenly():
         curve.add(step, float(step))
     losses = curve.losses
     assert CURVE_POINTS / 4 < len(losses) <= CURVE_POINTS
-    gaps = [later - earlier for earlier, later in zip(losses, losses[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(losses)]
     assert losses[0] == 1.0 and losses[-1] > 99_000 and max(gaps) <= 3 * min(gaps)
