@@ -93,7 +93,9 @@ def print_once(observatory: Observatory, *, as_json: bool) -> None:
     if board.trouble or board.slurm_problem:
         console.print(words.printable(str(board.trouble or board.slurm_problem)))
     if board.sights:
-        console.print(columns.printed_table(board, console.width))
+        fitting = columns.fitting(console.width)
+        for line in (columns.header_of(fitting), *columns.rows_of(board, fitting).values()):
+            console.print(line, soft_wrap=True)
 
 
 def board_document(board: Board) -> dict[str, Any]:

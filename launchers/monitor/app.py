@@ -23,6 +23,8 @@ from launchers.views.overview import RunView
 SECONDS_BETWEEN_LOOKS = 2.0
 """At run directories."""
 SECONDS_OF_A_MESSAGE = 15.0
+COLUMN = "runs"
+"""Key of the table's one column."""
 KEYS = "enter open  c cancel  r requeue  s save now  q quit"
 
 
@@ -59,8 +61,8 @@ class Monitor(App[None]):
         super().__init__()
         self._observatory, self._on_its_own = observatory, on_its_own
         self._looking = False
-        self._rows: dict[str, list[Text]] = {}
-        self._columns: list[tuple[columns.Column, int]] = []
+        self._rows: dict[str, Text] = {}
+        self._columns: columns.Fitting = ()
         self.board: Board | None = None
 
     def compose(self) -> ComposeResult:
@@ -135,23 +137,17 @@ class Monitor(App[None]):
         if wanted != self._columns or list(rows) != list(self._rows):
             self._build(table, wanted, rows)
         else:
-            for key, cells in rows.items():
-                for (column, _), new, old in zip(wanted, cells, self._rows[key], strict=True):
-                    if new != old:
-                        table.update_cell(key, column.name, new)
+            for key, row in rows.items():
+                if row != self._rows[key]:
+                    table.update_cell(key, COLUMN, row)
         self._rows, self._columns = rows, wanted
 
-    def _build(
-        self, table: DataTable[Text], wanted: list[tuple[columns.Column, int]], rows: dict[str, list[Text]]
-    ) -> None:
+    def _build(self, table: DataTable[Text], wanted: columns.Fitting, rows: dict[str, Text]) -> None:
         chosen = self._chosen_key()
         table.clear(columns=True)
-        for column, width in wanted:
-            title = column.name.rjust(width) if column.side == "right" else column.name
-            gap = column is not wanted[-1][0]
-            table.add_column(Text(title, style="bold"), key=column.name, width=width + gap)
-        for key, cells in rows.items():
-            table.add_row(*cells, key=key)
+        table.add_column(columns.header_of(wanted), key=COLUMN)
+        for key, row in rows.items():
+            table.add_row(row, key=key)
         if chosen in rows:
             table.move_cursor(row=list(rows).index(chosen), animate=False)
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from rich.table import Table
 from rich.text import Text
 
 from launchers.monitor import words
@@ -33,13 +32,16 @@ class Column:
     """(run, now in seconds since the epoch) -> what stands there."""
     side: Literal["left", "right"] = "left"
 
-    def cell(self, sight: Sight, now: float, *, width: int | None = None) -> Text:
-        """What stands there, in the run's colour."""
-        room = width or self.width
-        shown = words.shortened(words.printable(self.text(sight, now)), room)
+    def cell(self, sight: Sight, now: float, width: int) -> Text:
+        """What stands there, in the run's colour, ``width`` characters."""
+        shown = words.shortened(words.printable(self.text(sight, now)), width)
         danger = self.name == "!" and words.dangers(sight, now)
         style = "bold red" if danger else "yellow" if self.name == "!" else style_of(sight)
-        return Text(shown.rjust(room) if self.side == "right" else shown, style=style, no_wrap=True)
+        return Text(shown.rjust(width) if self.side == "right" else shown.ljust(width), style=style)
+
+
+Fitting = Sequence[tuple[Column, int]]
+"""Columns with their widths, characters."""
 
 
 COLUMNS: Sequence[Column] = (
@@ -98,7 +100,7 @@ def details_text(sight: Sight, now: float, width: int, chosen: Container[str] | 
     return Text("\n", no_wrap=True, overflow="ellipsis").join(lines)
 
 
-def fitting(width: int) -> list[tuple[Column, int]]:
+def fitting(width: int) -> Fitting:
     """The columns that ``width`` characters have room for, each with its own width; what is left over goes to the
     name. One blank stands between two columns.
     """
@@ -114,20 +116,18 @@ def total(columns: Sequence[Column]) -> int:
     return sum(column.width + 1 for column in columns) - 1
 
 
-def rows_of(board: Board, columns: Sequence[tuple[Column, int]]) -> dict[str, list[Text]]:
-    """A run's directory -> its cells."""
-    return {
-        sight.view.directory: [column.cell(sight, board.now, width=width) for column, width in columns]
-        for sight in board.sights
-    }
+def header_of(columns: Fitting) -> Text:
+    """The columns' names, over the columns."""
+    titles = (column.name.rjust(width) if column.side == "right" else column.name for column, width in columns)
+    cells = [title.ljust(width) for title, (_, width) in zip(titles, columns, strict=True)]
+    return Text(" ".join(cells), style="bold", no_wrap=True)
 
 
-def printed_table(board: Board, width: int) -> Table:
-    """The table for a terminal, or a file, that nobody scrolls."""
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    columns = fitting(width)
-    for column, room in columns:
-        table.add_column(column.name, justify=column.side, width=room, no_wrap=True)
-    for cells in rows_of(board, columns).values():
-        table.add_row(*cells)
-    return table
+def rows_of(board: Board, columns: Fitting) -> dict[str, Text]:
+    """A run's directory -> its row, one line: a terminal draws it much faster than its cells one by one."""
+    return {sight.view.directory: row_of(sight, board.now, columns) for sight in board.sights}
+
+
+def row_of(sight: Sight, now: float, columns: Fitting) -> Text:
+    cells = [column.cell(sight, now, width) for column, width in columns]
+    return Text(" ", no_wrap=True).join(cells)

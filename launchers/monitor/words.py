@@ -20,6 +20,8 @@ CONTROLS = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(0x20), *range(
 
 def printable(line: str) -> str:
     """``line`` without what a terminal would obey; of a progress bar that overwrites itself its last state."""
+    if line.isprintable():
+        return line
     visible = ESCAPES.sub("", line).rstrip("\r").rpartition("\r")[2]
     return visible.translate(CONTROLS).expandtabs(4)
 

@@ -71,14 +71,15 @@ def records_of(lines: list[bytes]) -> Iterator[dict[str, Any]]:
 
 
 def records_between(path: Path, count: int) -> list[dict[str, Any]]:
-    """Some ``count`` records of a JSON-lines file, from evenly spaced places of it, in order: a picture of a file of
-    any length for ``count`` small reads. All of a short file.
+    """Some ``count`` records of a JSON-lines file, evenly spaced, in order: a picture of a file of any length for
+    ``count`` small reads. All of a file that has no more.
     """
     longest = 1 << 12  # bytes of a record, with room
     with path.open("rb") as stream:
         size = os.fstat(stream.fileno()).st_size
         if size <= count * longest:
-            return list(records_of(stream.read().splitlines()))
+            lines = stream.read().splitlines()
+            return list(records_of(lines[:: max(1, len(lines) // count)]))
         found = []
         for number in range(count):
             block = os.pread(stream.fileno(), 2 * longest, size * number // count)

@@ -98,18 +98,26 @@ class Pulse:
         Args:
             attempts: numbers of all attempts, ascending.
         """
-        for number in attempts:
-            if number > self._attempt:
-                self._take(self._fresh())  # the last words of the attempt before
+        new = [number for number in attempts if number > self._attempt]
+        if new:
+            self._take(self._fresh())  # the last words of the attempt before
+        stepped = [number for number in new if has_steps(self._paths.attempt(number))]
+        for number in new:
+            if stepped and number < stepped[-1]:
+                self._draw_curve(number)  # all that is of interest of one that another has gone on from
+            else:
                 self._begin(number)
         self._take(self._fresh())
         return self._vitals()
 
     def _begin(self, number: int) -> None:
-        place: AttemptPaths = self._paths.attempt(number)
-        self._attempt, self._file = number, GrowingFile(place.steps, last_bytes=BYTES_OF_THE_NEWEST)
-        if place.steps.is_file():
-            for record in filter(is_step, records_between(place.steps, PLACES_LOOKED_AT)):
+        self._draw_curve(number)
+        self._file = GrowingFile(self._paths.attempt(number).steps, last_bytes=BYTES_OF_THE_NEWEST)
+
+    def _draw_curve(self, number: int) -> None:
+        self._attempt, steps = number, self._paths.attempt(number).steps
+        if steps.is_file():
+            for record in filter(is_step, records_between(steps, PLACES_LOOKED_AT)):
                 self._add_to_curve(record)
 
     def _fresh(self) -> Iterator[dict[str, Any]]:
@@ -143,6 +151,13 @@ class Pulse:
             data_wait=sum(record["data_seconds"] for record in self._newest) / seconds if seconds > 0 else None,
             losses=self._curve.losses,
         )
+
+
+def has_steps(attempt: AttemptPaths) -> bool:
+    try:
+        return attempt.steps.stat().st_size > 0
+    except FileNotFoundError:
+        return False
 
 
 def finite(value: float) -> float | None:
