@@ -156,7 +156,7 @@ class Monitor(App[None]):
         sight, shown = self.chosen(), self.screen_stack[0].query_one("#details", Static)
         shown.display = sight is not None
         if sight is not None:
-            shown.border_title = words.printable(sight.view.name)
+            shown.border_title = Text(words.printable(sight.view.name))
             shown.update(columns.details_text(sight, self.board.now, self.size.width))
 
     # ---- choose and act

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -37,7 +37,8 @@ class Choice:
     log: bool = False
     attempt: int | None = None
     """None: the newest."""
-    rank: int = 0
+    rank: int | None = None
+    """None: the one that failed first in the newest attempt that has one, or else rank 0 of the chosen attempt."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,9 @@ class News:
     """What a look found."""
 
     choice: Choice
+    rank: int
+    attempt: int | None
+    """Which were meant; None before the first attempt."""
     source: str
     """What the lines are from."""
     anew: bool
@@ -69,29 +73,29 @@ class RunReader:
     def look(self, choice: Choice) -> News:
         """The lines that are new of what is chosen; all there are, up to a bound, if that is chosen since now."""
         numbers = self._paths.attempt_numbers()
-        number = choice.attempt if choice.attempt is not None else max(numbers, default=None)
-        path = feeds.log_of(self._paths, number, choice.rank) if choice.log else None
+        error = feeds.newest_error(self._paths, numbers, self._memory)
+        number, rank = meant(choice, numbers, error)
+        path = feeds.log_of(self._paths, number, rank) if choice.log else None
         anew = self._choice != choice
         if anew or path != self._path:
             self._feed = self._open(choice, path)
         self._choice, self._path = choice, path
         try:
             lines = self._feed.fresh() if self._feed else []
-        except OSError as error:
-            lines = [words.printable(str(error))]
-        source = "events" if not choice.log else f"attempt {'-' if number is None else number}, rank {choice.rank}"
+        except OSError as refused:
+            lines = [words.printable(str(refused))]
+        source = "events" if not choice.log else f"attempt {'-' if number is None else number}, rank {rank}"
         source += "" if not choice.log or path else ": no log yet"
-        return News(choice, source, anew, lines, feeds.newest_error(self._paths, numbers, self._memory))
+        return News(choice, rank, number, source, anew, lines, error)
 
     def _open(self, choice: Choice, path: Path | None) -> feeds.Feed | None:
         if not choice.log:
             return feeds.Events(self._paths)
         return feeds.Log(path) if path else None
 
-    def ranks(self, choice: Choice) -> list[int]:
-        """Ranks that have a log in the chosen attempt."""
-        number = self._paths.newest_attempt() if choice.attempt is None else choice.attempt
-        return [] if number is None else feeds.ranks_with_logs(self._paths.attempt(number))
+    def ranks(self, attempt: int | None) -> list[int]:
+        """Ranks that have a log in an attempt."""
+        return [] if attempt is None else feeds.ranks_with_logs(self._paths.attempt(attempt))
 
     def attempts(self) -> list[int]:
         return self._paths.attempt_numbers()
@@ -123,10 +127,9 @@ class RunScreen(Screen[None]):
         self._board = board
         self._reader = RunReader(RunPaths(Path(directory)))
         self._choice = Choice()
-        self._source = ""
+        self._news: News | None = None
         self._lines: deque[str] = deque(maxlen=MOST_LINES)
         self._pattern = ""
-        self._error: feeds.AttemptError | None = None
         self._looking = False
 
     def compose(self) -> ComposeResult:
@@ -151,9 +154,9 @@ class RunScreen(Screen[None]):
         sight = self._sight()
         details = self.query_one("#details", Static)
         if sight is None:
-            details.update(Text(f"{words.printable(self.directory)} is gone"))
+            details.update(Text(f"it is gone: {words.printable(self.directory)}"))
             return
-        details.border_title = words.printable(sight.view.name)
+        details.border_title = Text(words.printable(sight.view.name))
         chosen = LINES_ON_A_LOW_SCREEN if self._low else None
         details.styles.height = len(chosen) + 2 if chosen else None
         details.update(columns.details_text(sight, board.now, self.app.size.width, chosen))
@@ -177,7 +180,7 @@ class RunScreen(Screen[None]):
         if news.anew:
             self._lines.clear()
             self._log.clear()
-        self._source, self._error = news.source, news.error
+        self._news = news
         self._lines += news.lines
         self._write(news.lines)
         self._show_what()
@@ -205,17 +208,18 @@ class RunScreen(Screen[None]):
     def _show_what(self) -> None:
         following = "following" if self._log.auto_scroll else "standing still (f follows)"
         matching = f", lines with {self._pattern!r}" if self._pattern else ""
-        text = Text(f"{self._source}{matching}", style="bold", no_wrap=True, overflow="ellipsis")
+        source = self._news.source if self._news else ""
+        text = Text(f"{source}{matching}", style="bold", no_wrap=True, overflow="ellipsis")
         self.query_one("#what", Static).update(text.append(f"   {following}", style="dim"))
 
     def _show_error(self) -> None:
-        panel = self.query_one("#error", Static)
-        panel.display = self._error is not None
-        if self._error is None:
+        panel, found = self.query_one("#error", Static), self._news.error if self._news else None
+        panel.display = found is not None
+        if found is None:
             return
-        error = self._error.error
+        error = found.error
         lines = error.lines[-LEAST_LINES_OF_AN_ERROR:] if self._low else error.lines
-        panel.border_title = f"first error: attempt {self._error.attempt}, rank {self._error.rank}"
+        panel.border_title = f"first error: attempt {found.attempt}, rank {found.rank}"
         said = [words.printable(line) for line in (error.said, *lines)]
         panel.update(Text("\n".join(said), no_wrap=True, overflow="ellipsis"))
 
@@ -235,21 +239,19 @@ class RunScreen(Screen[None]):
     def action_log(self) -> None:
         """The log of the rank that failed first, where one has."""
         if not self._choice.log:
-            error = self._error
-            rank = error.rank if error else None
-            chosen = Choice(log=True, attempt=error.attempt, rank=rank) if error and rank is not None else None
-            self._choose(chosen or Choice(log=True))
+            self._choose(Choice(log=True))
 
     def action_rank(self, by: int) -> None:
-        there = self._reader.ranks(self._choice)
-        self._choose(replace(self._choice, log=True, rank=neighbour(there, self._choice.rank, by)))
+        if self._news:
+            rank = neighbour(self._reader.ranks(self._news.attempt), self._news.rank, by)
+            self._choose(Choice(log=True, attempt=self._news.attempt, rank=rank))
 
     def action_attempt(self, by: int) -> None:
         there = self._reader.attempts()
-        if there:
-            now = there[-1] if self._choice.attempt is None else self._choice.attempt
-            number = neighbour(there, now, by)
-            self._choose(replace(self._choice, log=True, attempt=None if number == there[-1] else number))
+        if self._news and self._news.attempt is not None and there:
+            number = neighbour(there, self._news.attempt, by)
+            newest = number == there[-1]  # and then the next one, too
+            self._choose(Choice(log=True, attempt=None if newest else number, rank=self._news.rank))
 
     def action_follow(self) -> None:
         self._log.auto_scroll = not self._log.auto_scroll
@@ -271,6 +273,14 @@ class RunScreen(Screen[None]):
         self._log.clear()
         self._write(self._lines)
         self._show_what()
+
+
+def meant(choice: Choice, attempts: list[int], error: feeds.AttemptError | None) -> tuple[int | None, int]:
+    """Which attempt (None before the first) and rank a choice is about. Pure."""
+    newest = attempts[-1] if attempts else None
+    if choice.rank is None and error and error.rank is not None and choice.attempt in (None, error.attempt):
+        return error.attempt, error.rank
+    return newest if choice.attempt is None else choice.attempt, choice.rank or 0
 
 
 def neighbour(there: list[int], now: int, by: int) -> int:

@@ -1,4 +1,4 @@
-"""What a monitor costs Slurm's daemons, counted by themselves: one squeue in its interval, however many runs there are."""
+"""What a monitor costs Slurm, counted by its daemons: one squeue in its interval, however many runs there are."""
 
 from __future__ import annotations
 
