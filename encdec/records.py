@@ -6,13 +6,14 @@ A killed writer leaves at most one torn last line. Readers skip it, and the next
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -111,6 +112,12 @@ def _records(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
             yield record
 
 
+@functools.cache
+def _adapter(kind: Hashable) -> TypeAdapter[Any]:
+    """Made once a kind: that takes longer than reading a record."""
+    return TypeAdapter(cast("type[Any]", kind))
+
+
 def read_record(path: Path, kind: type[Record]) -> Record:
     """The record that the JSON file ``path`` holds; keys of later versions are passed over.
 
@@ -118,7 +125,7 @@ def read_record(path: Path, kind: type[Record]) -> Record:
         RunDirectoryError: unreadable, or it does not hold a ``kind``.
     """
     try:
-        return TypeAdapter(kind).validate_json(path.read_bytes())
+        return cast("Record", _adapter(cast("Hashable", kind)).validate_json(path.read_bytes()))
     except OSError as error:
         problem = str(error.strerror)
     except ValidationError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -18,7 +19,7 @@ from launchers.jobs import jobs_of, submission
 from launchers.launch_options import measured_stop_seconds, read_launch_options, why_given_up
 from launchers.nodes.continuation import past_attempts
 from launchers.run_directory import note, usable
-from launchers.run_status import only_starter, read_status
+from launchers.run_status import SECONDS_TO_BELIEVE_DEAD, only_starter, read_status, seconds_since_heartbeat
 
 AGAIN = "the same submit command continues it"
 
@@ -79,7 +80,7 @@ def cancel_local(paths: RunPaths, number: int, *, now: bool) -> str:
         if now:
             kill(read_record(paths.attempt(number).process, ProcessRecord))
             return f"attempt {number} is killed; from its newest checkpoint {AGAIN}"
-        local.ask_to_stop(paths, number)
+        local.ask_to_stop(paths, number, signal.SIGTERM)
     except (PermissionError, psutil.AccessDenied):
         raise EncdecError(
             "A run is cancelled by the user who runs it",
@@ -154,6 +155,37 @@ def running_attempt(paths: RunPaths, job: str) -> int | None:
     if attempt is None or attempt.outcome.is_file() or not attempt.process.is_file():
         return None
     return number if read_record(attempt.process, ProcessRecord).job == job else None
+
+
+# ---- save
+
+
+def save(paths: RunPaths) -> str:
+    """Have a run save at its next step boundary and go on; says what that means.
+
+    Raises:
+        ConfigError: none of its attempts is there to see the request.
+    """
+    number = paths.newest_attempt()
+    why_not = "one that has not begun" if number is None else why_it_cannot_save(paths, number)
+    if why_not:
+        raise ConfigError(
+            "Only a run that trains can save", found=why_not, remedy="Start it with its submit command first"
+        )
+    with usable(paths):
+        paths.control.mkdir(exist_ok=True)
+        paths.save_request.touch()
+        note(paths, "save_asked", attempt=number)
+    return f"attempt {number} saves at its next step boundary and goes on"
+
+
+def why_it_cannot_save(paths: RunPaths, number: int) -> str | None:
+    """What is known of an attempt that does not train any more; None of one that does."""
+    attempt = paths.attempt(number)
+    if attempt.outcome.is_file():
+        return f"attempt {number}, which has ended"
+    ago = seconds_since_heartbeat(attempt)
+    return f"attempt {number}, not heard of for {ago:.0f} s" if ago > SECONDS_TO_BELIEVE_DEAD else None
 
 
 # ---- requeue

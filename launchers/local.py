@@ -128,7 +128,7 @@ def follow(paths: RunPaths, interrupts: Interrupts, *, total_steps: int) -> int:
             if interrupts.count > asked:
                 asked = interrupts.count
                 view.say("finishing the step, then saving; Ctrl-C again stops watching and lets the run go on saving")
-                ask_to_stop(paths, number)
+                ask_to_stop(paths, number, signal.SIGINT)
             time.sleep(SECONDS_BETWEEN_LOOKS)
         view.refresh()
     finally:
@@ -139,7 +139,11 @@ def follow(paths: RunPaths, interrupts: Interrupts, *, total_steps: int) -> int:
     return show.summary(paths)
 
 
-def ask_to_stop(paths: RunPaths, number: int) -> None:
-    """Send the attempt's agent the signal that means: finish the step, save, leave."""
+def ask_to_stop(paths: RunPaths, number: int, why: signal.Signals) -> None:
+    """Send the attempt's agent a signal that means: finish the step, save, leave.
+
+    Args:
+        why: what the outcome tells: SIGINT for Ctrl-C, SIGTERM for a cancel.
+    """
     with contextlib.suppress(ProcessLookupError):
-        os.kill(read_record(paths.attempt(number).process, ProcessRecord).pid, signal.SIGUSR2)
+        os.kill(read_record(paths.attempt(number).process, ProcessRecord).pid, why)

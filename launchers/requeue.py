@@ -10,9 +10,8 @@ from launchers.chain_file import label
 from launchers.control import requeue
 from launchers.names import add_run, find_run
 from launchers.views import show
-from launchers.views.overview import RunView, look
+from launchers.views.overview import look
 from launchers.views.progress import make_console
-from launchers.views.standing import State
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -37,18 +36,9 @@ def main(argv: list[str] | None = None) -> int:
 def run(arguments: argparse.Namespace) -> int:
     paths = find_run(arguments.run, arguments.root)
     [view] = look([paths], forgiving=False)
-    words = requeue(paths, now=arguments.now, remedy=what_instead(view))
+    words = requeue(paths, now=arguments.now, remedy=view.instead_of_requeue)
     make_console().print(f"{label(paths)}: {words}")
     return 0
-
-
-def what_instead(view: RunView) -> str:
-    """What to do with a run that has no job to be requeued."""
-    if view.next_command:
-        return f"Start it again: {view.next_command}"
-    if view.standing.state is State.RUNNING:
-        return f"python -m launchers.cancel {view.name}, then the same submit command on a cluster"
-    return f"python -m launchers.status {view.name} says why it ended: {view.standing.words}"
 
 
 if __name__ == "__main__":

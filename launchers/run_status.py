@@ -98,8 +98,8 @@ def is_alive(record: ProcessRecord) -> bool:
 
 
 def seconds_since_heartbeat(attempt: AttemptPaths) -> float:
-    """Age of the newest sign of life of the attempt's head node."""
-    signs = [path for path in (attempt.heartbeat(0), attempt.process) if path.exists()]
+    """Age of the newest sign of life of the attempt's head node; of one that has just been claimed, of its claim."""
+    signs = [path for path in (attempt.heartbeat(0), attempt.process) if path.exists()] or [attempt.root]
     return time.time() - max(path.stat().st_mtime for path in signs)
 
 

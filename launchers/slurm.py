@@ -37,6 +37,8 @@ KEPT = frozenset({"SLURM_CONF", "SLURM_JWT", "SLURM_CLUSTERS"})
 
 UNKNOWN = "UNKNOWN"
 """Nobody could be asked. The job may live."""
+UNASKED = "UNASKED"
+"""Nobody has been asked yet."""
 GONE = "GONE"
 """The controller answers and has forgotten the job, and accounting knows no end: it lives no more."""
 END_STATES = frozenset(
@@ -155,12 +157,30 @@ class JobState:
         return self.reason in ("JobHeldUser", "JobHoldMaxRequeue") or "held" in self.reason.lower().split()
 
 
+@dataclass(frozen=True)
+class Listing:
+    """What Slurm says of some jobs."""
+
+    states: Mapping[str, JobState]
+    problem: str | None
+    """Why the controller did not answer, in its words; None if it did."""
+
+
 def job_states(jobs: Sequence[str]) -> dict[str, JobState]:
     """``job_state`` of any number of jobs, with what is known of those that wait: one squeue for all, and one sacct
     for those that squeue does not list.
     """
+    return dict(list_jobs(jobs, ended={}).states)
+
+
+def list_jobs(jobs: Sequence[str], *, ended: Mapping[str, JobState]) -> Listing:
+    """As ``job_states``, and whether the controller answered.
+
+    Args:
+        ended: what is known of jobs that have ended: of those accounting is not asked again.
+    """
     if not jobs:
-        return {}
+        return Listing({}, None)
     named = f"--jobs={','.join(jobs)}"
     answer = ask("squeue", "--noheader", named, "--states=all", "--format=%i|%T|%r|%S")
     rows = (line.split("|") for line in answer.out.splitlines()) if answer.ok else ()
@@ -168,13 +188,19 @@ def job_states(jobs: Sequence[str]) -> dict[str, JobState]:
         job: JobState(state, reason, parse_time(start)) if state == "PENDING" else JobState(state)
         for job, state, reason, start in (row for row in rows if len(row) == 4)
     }
-    if states.keys() >= set(jobs):
-        return states
+    forgotten = has_forgotten(answer)
+    problem = None if forgotten else answer.problem
+    missing = [job for job in jobs if job not in states and job not in ended]
+    if not missing:
+        return Listing({**{job: ended[job] for job in jobs if job in ended}, **states}, problem)
+    named = f"--jobs={','.join(missing)}"
     accounting = ask("sacct", "--allocations", "--noheader", "--parsable2", named, "--format=JobID,State").out
     ends = {job: parse_state(state) for job, _, state in (line.partition("|") for line in accounting.splitlines())}
-    forgotten = has_forgotten(answer)
-    unlisted = {job: JobState(unlisted_state(ends.get(job), forgotten=forgotten)) for job in jobs}
-    return unlisted | states
+    unlisted = {
+        job: ended[job] if job in ended else JobState(unlisted_state(ends.get(job), forgotten=forgotten))
+        for job in jobs
+    }
+    return Listing(unlisted | states, problem)
 
 
 def has_forgotten(answer: Answer) -> bool:

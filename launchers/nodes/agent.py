@@ -17,7 +17,7 @@ from typing import Any
 from encdec.files import AttemptPaths
 from encdec.records import START_UP, JsonLinesWriter, RankResult, Refusal, event, read_record, read_steps
 from launchers.nodes.forkserver import EARLY, early_signals
-from launchers.nodes.outcomes import DEADLINE, WARNINGS, AttemptFacts
+from launchers.nodes.outcomes import DEADLINE, FORWARDED_AS, WARNINGS, AttemptFacts
 from launchers.nodes.parts import NodeJob, RankGroup, Watcher
 
 FORWARDED = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -71,7 +71,12 @@ class NodeAgent:
         refusal = read_record(self.paths.error, Refusal) if self.paths.error.is_file() else None
         restarts = self._group.restarts if self._group else 0
         return AttemptFacts(
-            result=result, refusal=refusal, failures=self.failures, restarts=restarts, last_step=self.last_step()
+            result=result,
+            refusal=refusal,
+            failures=self.failures,
+            restarts=restarts,
+            last_step=self.last_step(),
+            stop_signal=self.stop_signal,
         )
 
     # ---- what the group of ranks asks and tells (launchers.nodes.parts.Watcher)
@@ -129,7 +134,7 @@ class NodeAgent:
     def _forward(self) -> None:
         for pid in self._group.pids() if self._group else ():
             try:
-                os.kill(pid, signal.SIGUSR2)
+                os.kill(pid, signal.Signals[FORWARDED_AS])
             except ProcessLookupError:
                 continue
 

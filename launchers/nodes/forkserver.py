@@ -7,7 +7,7 @@ import multiprocessing.forkserver
 import signal
 import time
 
-EARLY = (signal.SIGUSR2, signal.SIGTERM)
+EARLY = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 """Signals that ask to save."""
 LOADED = time.time()
 """When this process began to load the launcher, seconds since the epoch. Its creation time is no such moment: it is

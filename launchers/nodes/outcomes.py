@@ -25,6 +25,8 @@ class AttemptFacts:
     last_step: int = 0
     bad_node: str | None = None
     """The node that is to blame for the failures, if one is."""
+    stop_signal: str | None = None
+    """The last signal that this node's agent got, or DEADLINE."""
 
 
 EXIT_CODE_OF_CAUSE = {
@@ -37,6 +39,8 @@ DEATHS_TO_BLAME_A_NODE = 3
 """Restarts in a row, of the last DEATHS_TO_BLAME_A_NODE + 1, that a rank of the same node must have begun by dying."""
 
 
+FORWARDED_AS = "SIGUSR2"
+"""The signal by which an agent tells its ranks of any other."""
 DEADLINE = "the time limit"
 """In place of a signal's name."""
 WARNINGS = ("SIGUSR2", DEADLINE)
@@ -94,7 +98,8 @@ def judge(facts: AttemptFacts) -> Outcome:
         )
     if facts.result is not None:
         code = EXIT_CODE_OF_CAUSE[facts.result.cause]
-        return Outcome(exit_code=code, restarts=facts.restarts, **facts.result.to_json())
+        told = facts.result.to_json() | {"message": with_its_signal(facts.result.message, facts.stop_signal)}
+        return Outcome(exit_code=code, restarts=facts.restarts, **told)
     reason = facts.failures[-1] if facts.failures else "the ranks ended without a result"
     blame = f"; each time a rank on {facts.bad_node} died first" if facts.bad_node else ""
     return Outcome(
@@ -106,6 +111,11 @@ def judge(facts: AttemptFacts) -> Outcome:
         restarts=facts.restarts,
         bad_node=facts.bad_node,
     )
+
+
+def with_its_signal(message: str, stop_signal: str | None) -> str:
+    """A rank's message, with the signal that reached its agent: whatever that was, ranks get FORWARDED_AS. Pure."""
+    return message.replace(f"stopped by {FORWARDED_AS}", f"stopped by {stop_signal}") if stop_signal else message
 
 
 def node_to_blame(deaths: Iterable[tuple[int, float, int]]) -> int | None:

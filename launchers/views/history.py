@@ -3,12 +3,38 @@
 from __future__ import annotations
 
 import math
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from encdec.files import AttemptPaths
-from encdec.records import Outcome, ProcessRecord, read_ends, read_json_lines, read_record
+from encdec.records import Outcome, ProcessRecord, read_ends, read_record
+from launchers.views.growing_files import Memory
+
+TROUBLES = {
+    "alert": "{message}",
+    "rolled_back": "from step {from_step} to step {to_step}: {cause}",
+    "save_failed": "no checkpoint of step {step}: {reason}",
+    "mirror_failed": "{checkpoint}: {reason}",
+    "mirror_behind": "waited {waited_seconds} s for the second place",
+    "rank_failed": "{detail}",
+}
+"""Entries of an attempt's ledgers that somebody should see, and what they say of themselves."""
+MOST_TROUBLES = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trouble:
+    """One entry of a ledger that somebody should see."""
+
+    kind: str
+    """An alert's type, or the entry's kind."""
+    time: float | None
+    """Seconds since the epoch."""
+    step: int | None
+    message: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +65,12 @@ class AttemptView:
     """Why nothing continues the run by itself any more."""
     followed: list[str]
     """What it was followed by, a few words each."""
+    alerts: Mapping[str, int] = field(default_factory=dict)
+    """Alerts by type, those that were held back included."""
+    rollbacks: int = 0
+    """Times that training went back to an earlier checkpoint."""
+    newest_troubles: list[Trouble] = field(default_factory=list)
+    """The newest MOST_TROUBLES of its alerts, roll-backs, failed saves and failed ranks, oldest first."""
 
     @property
     def final(self) -> bool:
@@ -46,8 +78,11 @@ class AttemptView:
         return self.cause is not None and (self.cause not in ("signalled", "bad_node") or self.move == "stop")
 
 
-def read_attempt(number: int, paths: AttemptPaths) -> AttemptView:
+def read_attempt(number: int, paths: AttemptPaths, memory: Memory) -> AttemptView:
     """Read an attempt's records.
+
+    Args:
+        memory: what has been read of its ledgers before.
 
     Raises:
         RunDirectoryError: a damaged record.
@@ -55,7 +90,8 @@ def read_attempt(number: int, paths: AttemptPaths) -> AttemptView:
     process = read_record(paths.process, ProcessRecord) if paths.process.is_file() else None
     outcome = read_record(paths.outcome, Outcome) if paths.outcome.is_file() else None
     first, last = (end or {} for end in read_ends(paths.steps))
-    ledger = list(read_json_lines(paths.events("node-0")))
+    ledger = memory.ledger(paths.events("node-0"))
+    told = memory.ledger(paths.events("rank-0"))
     decided: Mapping[str, Any] = next((record for record in reversed(ledger) if record.get("event") == "next"), {})
     restarting = sum(record.get("event") == "restarting" for record in ledger)
     return AttemptView(
@@ -73,6 +109,45 @@ def read_attempt(number: int, paths: AttemptPaths) -> AttemptView:
         cancelled=decided.get("ending") == "cancelled",
         given_up=decided.get("given_up"),
         followed=what_followed(ledger),
+        alerts=count_alerts(told),
+        rollbacks=sum(record.get("event") == "rolled_back" for record in told),
+        newest_troubles=troubles([*ledger, *told]),
+    )
+
+
+def files_of(paths: AttemptPaths) -> tuple[Path, ...]:
+    """What ``read_attempt`` reads."""
+    return paths.process, paths.outcome, paths.events("node-0"), paths.events("rank-0"), paths.steps
+
+
+def count_alerts(ledger: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """Alerts by type. One that is told of counts those that were held back before it; each start of the ranks counts
+    from one again. Pure.
+    """
+    counts: Counter[str] = Counter()
+    before: dict[str, int] = {}
+    for record in ledger:
+        if record.get("event") == "alert":
+            kind, number = str(record.get("type")), whole(record.get("occurrences")) or 1
+            counts[kind] += number - before[kind] if 0 < before.get(kind, 0) < number else number
+            before[kind] = number
+    return dict(counts)
+
+
+def troubles(ledger: Iterable[Mapping[str, Any]]) -> list[Trouble]:
+    """The newest entries that somebody should see, oldest first. Pure."""
+    found = [trouble(record) for record in ledger if record.get("event") in TROUBLES]
+    return sorted(found, key=lambda one: one.time or 0.0)[-MOST_TROUBLES:]
+
+
+def trouble(record: Mapping[str, Any]) -> Trouble:
+    """An entry of a ledger as a person is told of it; facts that it lacks are shown as such."""
+    kind, moment = str(record.get("event")), record.get("time")
+    return Trouble(
+        kind=str(record.get("type")) if kind == "alert" else kind,
+        time=moment if isinstance(moment, int | float) else None,
+        step=whole(record.get("step", record.get("from_step"))),
+        message=TROUBLES[kind].format_map(defaultdict(lambda: "?", record)),
     )
 
 

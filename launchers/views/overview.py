@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import socket
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,16 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from encdec.errors import EncdecError, GateNotPassed
-from encdec.files import RunPaths
-from encdec.records import JobRecord, read_json_lines
-from encdec.training.promotion import GateFile, phase_before, read_gate, require_passed
+from encdec.files import AttemptPaths, RunPaths
+from encdec.records import JobRecord
+from encdec.training.execution import TrainingPhase
+from encdec.training.promotion import GateFile, gate_path, phase_before, read_gate, require_passed
 from encdec.training.run_config import RunConfig, read_run_config
 from launchers.chain_file import label
 from launchers.jobs import began_since_submission, newest_jobs, submission
 from launchers.run_directory import usable
 from launchers.run_status import host_of
-from launchers.slurm import JobState, job_states
-from launchers.views.history import AttemptView, read_attempt
+from launchers.slurm import UNASKED, JobState, job_states
+from launchers.views.growing_files import Memory
+from launchers.views.history import AttemptView, files_of, read_attempt
 from launchers.views.standing import CONTINUABLE, Standing, State, standing
 
 
@@ -42,8 +45,8 @@ class RunRecords:
     """Whether sbatch never answered to the newest submission."""
     command: str | None
     """The submit command given last, with its directory."""
-    heartbeat: float | None
-    """The newest attempt's newest sign of life, seconds since the epoch."""
+    heartbeats: Mapping[int, float]
+    """The newest attempt's newest sign of life of each node, seconds since the epoch, by node rank."""
     checkpoint: str | None
     """Name of the newest checkpoint."""
     checkpoint_time: float | None
@@ -57,6 +60,11 @@ class RunRecords:
     @property
     def newest(self) -> AttemptView | None:
         return self.attempts[-1] if self.attempts else None
+
+    @property
+    def heartbeat(self) -> float | None:
+        """Of all nodes the newest sign of life, seconds since the epoch."""
+        return max(self.heartbeats.values(), default=None)
 
     @property
     def position(self) -> AttemptView | None:
@@ -83,6 +91,15 @@ class RunView:
             return None
         return self.records.command or "the same submit command"
 
+    @property
+    def instead_of_requeue(self) -> str:
+        """What to do with a run that has no job to be requeued, as a sentence."""
+        if self.next_command:
+            return f"Start it again: {self.next_command}"
+        if self.standing.state is State.RUNNING:
+            return f"python -m launchers.cancel {self.name}, then the same submit command on a cluster"
+        return f"python -m launchers.status {self.name} says why it ended: {self.standing.words}"
+
 
 def look(runs: Sequence[RunPaths], *, forgiving: bool) -> list[RunView]:
     """How each of the runs stands; Slurm is asked once for all.
@@ -90,7 +107,7 @@ def look(runs: Sequence[RunPaths], *, forgiving: bool) -> list[RunView]:
     Raises:
         EncdecError: one of them is damaged, unless ``forgiving``, which makes that its standing.
     """
-    read = [read_or_damage(paths) for paths in runs]
+    read = [read_or_damage(paths, Memory()) for paths in runs]
     if not forgiving:
         for damage in read:
             if isinstance(damage, EncdecError):
@@ -99,10 +116,10 @@ def look(runs: Sequence[RunPaths], *, forgiving: bool) -> list[RunView]:
     return [view(paths, one, states) for paths, one in zip(runs, read, strict=True)]
 
 
-def read_or_damage(paths: RunPaths) -> RunRecords | EncdecError:
+def read_or_damage(paths: RunPaths, memory: Memory) -> RunRecords | EncdecError:
     try:
         with usable(paths):
-            return read_records(paths)
+            return read_records(paths, memory)
     except EncdecError as damage:
         return damage
 
@@ -113,7 +130,7 @@ def view(paths: RunPaths, read: RunRecords | EncdecError, states: Mapping[str, J
     if isinstance(read, EncdecError):
         damaged = Standing(State.DAMAGED, f"damaged: {read.found}")
         return RunView(name=name, directory=directory, standing=damaged, records=None, job=None)
-    jobs = {job: states[job] for job in read.jobs}
+    jobs = {job: states.get(job, JobState(UNASKED)) for job in read.jobs}
     verdict = standing(
         read.newest,
         jobs,
@@ -128,37 +145,60 @@ def view(paths: RunPaths, read: RunRecords | EncdecError, states: Mapping[str, J
     return RunView(name=name, directory=directory, standing=verdict, records=read, job=said)
 
 
-def read_records(paths: RunPaths) -> RunRecords:
+def read_records(paths: RunPaths, memory: Memory) -> RunRecords:
     """Read a run directory. Asks nobody.
+
+    Args:
+        memory: what has been read of the directory before.
 
     Raises:
         RunDirectoryError: damaged.
         OSError: not readable.
     """
-    run = read_run_config(paths)
-    attempts = [read_attempt(number, paths.attempt(number)) for number in paths.attempt_numbers()]
-    newest, submitted = attempts[-1] if attempts else None, submission(paths)
+    run = memory.recall((paths.run_yaml,), lambda: read_run_config(paths))
+    attempts = [recall_attempt(number, paths.attempt(number), memory) for number in paths.attempt_numbers()]
+    newest = attempts[-1] if attempts else None
+    submitted = memory.recall((paths.job,), lambda: submission(paths))
     place = paths.attempt(newest.number) if newest else None
     ended_well = newest is not None and newest.cause == "complete"
     local = newest is not None and newest.job is None and began_since_submission(newest.began, submitted)
-    ledger = list(read_json_lines(paths.events))
+    ledger = memory.ledger(paths.events)
     checkpoint = paths.newest_checkpoint()
     return RunRecords(
         phase=str(run.phase.phase) if run.phase else "training",
         total_steps=run.num_train_steps,
         attempts=attempts,
         host=host_of(place) if place and newest and newest.cause is None else None,
-        jobs=[] if ended_well or local else newest_jobs(paths),
+        jobs=[] if ended_well or local else memory.recall((paths.continuation, paths.job), lambda: newest_jobs(paths)),
         cancelled=was_cancelled(newest, submitted, ledger),
         unanswered=submitted is not None and submitted.job is None and not local,
         command=submit_command(ledger),
-        heartbeat=newest_change(place.root.glob("heartbeat-*")) if place else None,
+        heartbeats=heartbeats_of(place) if place else {},
         checkpoint=checkpoint.name if checkpoint else None,
         checkpoint_time=newest_change([checkpoint]) if checkpoint else None,
-        gate=read_gate(paths, run.phase.phase) if run.phase else None,
+        gate=recall_gate(paths, run.phase.phase, memory) if run.phase else None,
         after=waits_for(paths, run) if newest is None else None,
         not_started=why_not_started(ledger) if newest is None else None,
     )
+
+
+def recall_attempt(number: int, place: AttemptPaths, memory: Memory) -> AttemptView:
+    return memory.recall(files_of(place), lambda: read_attempt(number, place, memory))
+
+
+def recall_gate(paths: RunPaths, phase: TrainingPhase, memory: Memory) -> GateFile | None:
+    return memory.recall((paths.gates, gate_path(paths, phase)), lambda: read_gate(paths, phase))
+
+
+def heartbeats_of(place: AttemptPaths) -> dict[int, float]:
+    """The newest sign of life of each node of an attempt, seconds since the epoch, by node rank."""
+    times = {}
+    with contextlib.suppress(FileNotFoundError), os.scandir(place.root) as entries:
+        for entry in entries:
+            node = entry.name.removeprefix("heartbeat-")
+            if node != entry.name and node.isdecimal():
+                times[int(node)] = entry.stat().st_mtime
+    return dict(sorted(times.items()))
 
 
 def waits_for(paths: RunPaths, run: RunConfig) -> str | None:

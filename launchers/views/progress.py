@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections import deque
@@ -12,6 +11,7 @@ from rich.console import Console
 
 from encdec.files import AttemptPaths
 from encdec.records import is_step
+from launchers.views.growing_files import GrowingFile, records_of
 
 SECONDS_BETWEEN_LINES = 5.0
 """Without a terminal."""
@@ -31,8 +31,8 @@ class Progress:
     """
 
     def __init__(self, attempt: AttemptPaths, total_steps: int) -> None:
-        self._attempt, self._total = attempt, total_steps
-        self._offset = 0
+        self._total = total_steps
+        self._steps = GrowingFile(attempt.steps)
         self._latest: dict[str, Any] | None = None
         self._seconds: deque[float] = deque(maxlen=50)
         self._next_line = 0.0
@@ -44,25 +44,12 @@ class Progress:
 
     def refresh(self) -> None:
         """Read what is new and show it."""
-        if not self._attempt.steps.is_file():
-            return
-        with self._attempt.steps.open("rb") as stream:
-            stream.seek(self._offset)
-            fresh = stream.read()
-        whole, newline, _ = fresh.rpartition(b"\n")
-        self._offset += len(whole) + len(newline)
-        for line in whole.splitlines():
-            self._take(line)
+        for record in filter(is_step, records_of(self._steps.fresh())):
+            self._take(record)
         if self._latest is not None:
             self._show(self._latest)
 
-    def _take(self, line: bytes) -> None:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            return  # torn by a kill
-        if not is_step(record):
-            return
+    def _take(self, record: dict[str, Any]) -> None:
         if self._latest and record["restart"] > self._latest["restart"]:
             self.say(f"a rank died; started again in place, continuing with step {record['step']}")
         self._latest = record

@@ -253,12 +253,14 @@ def merged_steps(paths: RunPaths) -> list[dict[str, Any]]:
     return [by_step[step] for step in sorted(by_step)]
 
 
-def sparkline(values: list[float], width: int = 24) -> str:
+def sparkline(values: Sequence[float], width: int = 24) -> str:
     """``values`` as ``width`` bars, each the mean of its share; values that are no numbers are left out."""
     values = [value for value in values if math.isfinite(value)]
     if not values:
         return ""
-    sparks = SPARKS if "utf" in (sys.stdout.encoding or "").lower() else ASCII_SPARKS
+    # a live view puts a catcher without an encoding in the place of the standard output
+    encoding = getattr(sys.stdout, "encoding", None) or getattr(sys.__stdout__, "encoding", None) or ""
+    sparks = SPARKS if "utf" in encoding.lower() else ASCII_SPARKS
     width = min(width, len(values))
     shares = [values[len(values) * i // width : len(values) * (i + 1) // width] for i in range(width)]
     means = [sum(share) / len(share) for share in shares]

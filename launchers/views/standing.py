@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from launchers.slurm import UNKNOWN, JobState
+from launchers.slurm import UNASKED, UNKNOWN, JobState
 from launchers.views.history import AttemptView
 
 
@@ -86,7 +86,7 @@ def standing(
     if host:
         return Standing(State.RUNNING, "running here" if here else f"running on {host}")
     for job, said in jobs.items():
-        if said.state == UNKNOWN and newest and newest.final and newest.job == job:
+        if said.state in (UNKNOWN, UNASKED) and newest and newest.final and newest.job == job:
             continue  # its own last word tells more than Slurm's silence
         if not said.ended:
             if after and said.state != "PENDING":
@@ -113,6 +113,8 @@ def standing(
 def of_a_live_job(job: str, said: JobState) -> tuple[State, str]:
     if said.state == UNKNOWN:
         return State.UNKNOWN, f"job {job} is UNKNOWN: neither squeue nor sacct answers"
+    if said.state == UNASKED:
+        return State.UNKNOWN, f"job {job}: Slurm has not been asked yet"
     if said.state != "PENDING":
         return State.RUNNING, f"job {job} is {said.state}"
     why = [said.reason] if said.reason not in ("", "None") else []

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from rich.table import Table
 
-from launchers.views.history import AttemptView
+from launchers.views.history import AttemptView, Trouble
 from launchers.views.overview import RunRecords, RunView
 from launchers.views.progress import make_console
 from launchers.views.standing import State
@@ -45,7 +46,7 @@ def table_with(*names: str) -> Table:
 
 def runs_table(views: Sequence[RunView], now: float) -> Table:
     """One line a run."""
-    table = table_with("run", "phase", "state", "gate", "attempts", "step", "loss", "heard of")
+    table = table_with("run", "phase", "state", "gate", "attempts", "step", "loss", "heard of", "alerts")
     for view in views:
         color, records = COLORS.get(view.standing.state, "red"), view.records
         if records is None:
@@ -61,6 +62,7 @@ def runs_table(views: Sequence[RunView], now: float) -> Table:
             f"{(position.last_step if position else 0) or 0:,} of {records.total_steps:,}",
             f"{position.loss:.4f}" if position and position.loss is not None else "",
             heard_of(view, now),
+            alert_words(records.attempts),
             style=color,
         )
     return table
@@ -71,6 +73,23 @@ def gate_words(records: RunRecords) -> str:
     if records.gate is None:
         return ""
     return "passed" if records.gate.passed else f"closed: {', '.join(item.gate for item in records.gate.failures)}"
+
+
+def alert_words(attempts: Sequence[AttemptView]) -> str:
+    """How many alerts of each type there were, and how often training went back."""
+    counts: Counter[str] = Counter()
+    for attempt in attempts:
+        counts.update(attempt.alerts)
+    words = [f"{count:,} {kind}" for kind, count in counts.most_common()]
+    rollbacks = sum(attempt.rollbacks for attempt in attempts)
+    return ", ".join(words + ([f"rolled back {rollbacks}x"] if rollbacks else []))
+
+
+def trouble_line(trouble: Trouble, now: float) -> str:
+    """``4 min ago, step 120, loss_spike: ...``, as far as it is known."""
+    when = [f"{age(now - trouble.time)} ago"] if trouble.time is not None else []
+    where = [f"step {trouble.step:,}"] if trouble.step is not None else []
+    return f"{', '.join([*when, *where, trouble.kind])}: {trouble.message}"
 
 
 def heard_of(view: RunView, now: float) -> str:
@@ -120,6 +139,8 @@ def show_runs(views: Sequence[RunView], *, verbose: bool) -> None:
         print_table(runs_table([view], time.time()))
         print_table(attempts_table(view))
         newest = view.records.newest if view.records else None
+        for trouble in newest.newest_troubles if newest else ():
+            make_console().print(trouble_line(trouble, time.time()))
         facts = {"said": newest.message if newest else None, "next": view.next_command, "directory": view.directory}
         for name, fact in facts.items():
             if fact:
@@ -143,6 +164,7 @@ def document(view: RunView) -> dict[str, Any]:
         "num_train_steps": records.total_steps if records else None,
         "loss": position.loss if position else None,
         "heartbeat": records.heartbeat if records else None,
+        "heartbeats": dict(records.heartbeats) if records else {},
         "checkpoint": records.checkpoint if records else None,
         "checkpoint_time": records.checkpoint_time if records else None,
         "gate": asdict(records.gate) if records and records.gate else None,

@@ -163,7 +163,7 @@ def test_one_line_a_run_and_one_question_to_slurm(story: Story, runs: Path, play
     assert main(["--root", str(runs)]) == 0
     header, *lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == [f"medium-{n}" for n in (1, 2, 3, 4, 5)]
-    assert header.split() == ["run", "phase", "state", "gate", "attempts", "step", "loss", "heard", "of"]
+    assert header.split() == ["run", "phase", "state", "gate", "attempts", "step", "loss", "heard", "of", "alerts"]
     for line, words in zip(
         lines,
         ("stopped, continue with submit", "job 12 is RUNNING", "job 13 is PENDING", "damaged: ", "damaged: none in"),

@@ -100,6 +100,7 @@ def test_ctrl_c_finishes_the_step_and_saves(lab: Lab):
     assert process.returncode == 75, output
     assert "finishing the step" in output
     assert outcome(paths)["checkpoint_verified"] is True
+    assert outcome(paths)["message"].startswith("stopped by SIGINT")
 
 
 def test_control_files_save_and_stop(lab: Lab):

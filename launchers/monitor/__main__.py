@@ -1,0 +1,135 @@
+"""python -m launchers.monitor [RUN...]: all runs, live: a table, and what one of them says; keys act on it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from encdec.command_line import Help, Parser, exit_code_of
+from encdec.errors import ConfigError, MissingPrerequisite
+from encdec.files import RunPaths
+from launchers.monitor import columns, words
+from launchers.monitor.observatory import SECONDS_BETWEEN_SQUEUES, Board, Observatory, SlurmWatch
+from launchers.names import add_run, find_runs, runs_under
+from launchers.views import show
+from launchers.views.progress import make_console
+from launchers.views.tables import COLUMNS_OF_A_FILE, document
+
+LEAST_SECONDS_BETWEEN_SQUEUES = 1.0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        prog="python -m launchers.monitor",
+        description="Show all runs, live. Slurm is asked once in --interval for all of them, the rest is read from "
+        "their directories every two seconds. Enter opens a run: its events, its ranks' logs, its first error. c, r "
+        "and s cancel, requeue and save the chosen one, after a question.",
+        formatter_class=Help,
+        allow_abbrev=False,
+    )
+    add_run(parser, nargs="*")
+    parser.add_argument("--once", action="store_true", help="print the table and end, as without a terminal")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON document (times in seconds since the epoch)"
+    )
+    parser.add_argument(
+        "--interval", type=float, default=SECONDS_BETWEEN_SQUEUES, metavar="SECONDS",
+        help="least time between two questions to Slurm, at least 1",
+    )  # fmt: skip
+    arguments = parser.parse_args(argv)
+    if not arguments.interval >= LEAST_SECONDS_BETWEEN_SQUEUES:
+        raise ConfigError(
+            f"--interval must be at least {LEAST_SECONDS_BETWEEN_SQUEUES:g} s: a controller answers others, too",
+            found=f"{arguments.interval:g}",
+            remedy="Leave it out: 30 s",
+        )
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns an exit code of encdec.errors.ExitCode."""
+    show.make_printable()
+    return exit_code_of(lambda: monitor(parse(argv)))
+
+
+def monitor(arguments: argparse.Namespace) -> int:
+    """A damaged run among many is a line that says so; a name that fits none is an error."""
+    observatory = Observatory(finder(arguments), SlurmWatch(arguments.interval))
+    if arguments.json or arguments.once or not (sys.stdin.isatty() and sys.stdout.isatty()):
+        print_once(observatory, as_json=arguments.json)
+        return 0
+    open_live_view(observatory)
+    return 0
+
+
+def finder(arguments: argparse.Namespace) -> Callable[[], Sequence[RunPaths]]:
+    """Which runs there are: those that are named, or all below --root, new ones included.
+
+    Raises:
+        ConfigError: a name that fits no run.
+    """
+    if not arguments.run:
+        return lambda: runs_under(arguments.root)
+    named = {paths.root: paths for word in arguments.run for paths in find_runs(word, arguments.root)}
+    return lambda: list(named.values())
+
+
+def print_once(observatory: Observatory, *, as_json: bool) -> None:
+    """Ask Slurm, then print what is known."""
+    observatory.look()
+    observatory.ask_slurm()
+    board = observatory.look()
+    if as_json:
+        print(json.dumps(board_document(board), indent=2))
+        return
+    console = make_console()
+    if not console.is_terminal:
+        console.width = COLUMNS_OF_A_FILE
+    console.print(f"{words.total_line(board)}: {words.states_line(board) or 'none'}; {words.slurm_line(board)}")
+    if board.trouble or board.slurm_problem:
+        console.print(words.printable(str(board.trouble or board.slurm_problem)))
+    if board.sights:
+        fitting = columns.fitting(console.width)
+        for line in (columns.header_of(fitting), *columns.rows_of(board, fitting).values()):
+            console.print(line, soft_wrap=True)
+
+
+def board_document(board: Board) -> dict[str, Any]:
+    """For programs: what launchers.status has of each run, with its vitals. The keys stay."""
+    runs = [
+        document(sight.view)
+        | {
+            "vitals": asdict(sight.vitals),
+            "seconds_left": sight.seconds_left,
+            "mfu": sight.mfu,
+            "warnings": words.dangers(sight, board.now),
+        }
+        for sight in board.sights
+    ]
+    slurm = {"asked": board.slurm_asked, "problem": board.slurm_problem}
+    return {"time": board.now, "slurm": slurm, "trouble": board.trouble, "runs": runs}
+
+
+def open_live_view(observatory: Observatory) -> None:
+    """Until q is typed.
+
+    Raises:
+        MissingPrerequisite: textual is not installed.
+    """
+    try:
+        from launchers.monitor.app import Monitor  # slow to import: only where it is looked at
+    except ModuleNotFoundError as error:
+        raise MissingPrerequisite(
+            "The live view needs textual",
+            found=str(error),
+            remedy="pip install textual, or --once, which needs it not",
+        ) from None
+    Monitor(observatory).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

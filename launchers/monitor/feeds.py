@@ -1,0 +1,115 @@
+"""What a run says line by line: its ledgers' events and its ranks' logs, read on at each look."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from encdec.files import AttemptPaths, RunPaths
+from launchers.monitor.words import printable
+from launchers.views.growing_files import GrowingFile, Memory, records_of
+from launchers.views.log_files import FirstError, first_error, rank_log
+
+BYTES_OF_A_LOG = 1 << 18
+"""Read from its end at the first look."""
+RANK_OF_LOG = re.compile(r"rank-(\d+)\.restart-\d+\.err")
+UNTOLD = frozenset({"event", "time", "evidence"})
+"""Facts of an event that its line has elsewhere, or that are for programs."""
+
+
+class Feed(Protocol):
+    """Lines that become more."""
+
+    def fresh(self) -> list[str]:
+        """Those since the last look, printable."""
+
+
+class Events:
+    """The events of a run, of all its attempts, nodes and ranks, in order of time as far as one look sees them.
+
+    Args:
+        paths: the run directory.
+    """
+
+    def __init__(self, paths: RunPaths) -> None:
+        self._paths = paths
+        self._ledgers: dict[Path, GrowingFile] = {}
+
+    def fresh(self) -> list[str]:
+        told = [
+            (number, writer, record)
+            for number, writer, file in self._files()
+            for record in records_of(self._ledgers.setdefault(file, GrowingFile(file)).fresh())
+        ]
+        return [event_line(*one) for one in sorted(told, key=lambda one: moment(one[2]))]
+
+    def _files(self) -> Iterable[tuple[int | None, str, Path]]:
+        yield None, "launcher", self._paths.events
+        for number in self._paths.attempt_numbers():
+            for file in sorted(self._paths.attempt(number).root.glob("events-*.jsonl")):
+                yield number, file.stem.removeprefix("events-"), file
+
+
+class Log:
+    """The end of a log, and what is added to it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = GrowingFile(path, last_bytes=BYTES_OF_A_LOG)
+
+    def fresh(self) -> list[str]:
+        return [printable(line.decode("utf-8", errors="replace")) for line in self._file.fresh()]
+
+
+@dataclass(frozen=True)
+class AttemptError:
+    """The first error of an attempt, and of which one."""
+
+    attempt: int
+    error: FirstError
+
+    @property
+    def rank(self) -> int | None:
+        """The rank that failed first."""
+        found = RANK_OF_LOG.search(self.error.said)
+        return int(found.group(1)) if found else None
+
+
+def moment(record: Mapping[str, Any]) -> float:
+    when = record.get("time")
+    return float(when) if isinstance(when, int | float) else 0.0
+
+
+def event_line(attempt: int | None, writer: str, record: Mapping[str, Any]) -> str:
+    """``09:41:45  2 node-0  restarting: restart 1``."""
+    when = time.strftime("%H:%M:%S", time.localtime(moment(record)))
+    facts = ", ".join(f"{name} {value}" for name, value in record.items() if name not in UNTOLD and value is not None)
+    kind = str(record.get("event")).replace("_", " ")
+    where = f"{'' if attempt is None else attempt:>3} {writer:<8}"
+    return printable(f"{when} {where} {kind}: {facts}" if facts else f"{when} {where} {kind}")
+
+
+def newest_error(paths: RunPaths, attempts: Iterable[int], memory: Memory) -> AttemptError | None:
+    """The first error of the newest attempt in which a rank has failed; None where none has."""
+    for number in sorted(attempts, reverse=True):
+        place = paths.attempt(number)
+        ledgers = tuple(sorted(place.root.glob("events-node-*.jsonl")))
+        found = memory.recall(ledgers, lambda place=place: first_error(place)) if ledgers else None  # type: ignore[misc]
+        if found:
+            return AttemptError(number, found)
+    return None
+
+
+def ranks_with_logs(attempt: AttemptPaths) -> list[int]:
+    """Ranks of an attempt that have written a log, ascending."""
+    names = (RANK_OF_LOG.fullmatch(path.name) for path in attempt.root.glob("logs/node-*/rank-*.err"))
+    return sorted({int(match.group(1)) for match in names if match})
+
+
+def log_of(paths: RunPaths, attempt: int | None, rank: int) -> Path | None:
+    """The log of a rank's newest start in an attempt; None where there is none."""
+    return None if attempt is None else rank_log(paths.attempt(attempt), rank, None)
