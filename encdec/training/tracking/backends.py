@@ -14,19 +14,25 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from encdec.files import RunPaths, atomic_write_text
 from encdec.training.run_config import RunConfig
+from encdec.training.tracking.wandb_files import last_step
 
 log = logging.getLogger("encdec.train")
 SECONDS_TO_BE_ANSWERED = 30.0
 """By W&B's server, unless WANDB_INIT_TIMEOUT says otherwise; then it is recorded offline."""
 SECONDS_FOR_A_PREDECESSOR = 20.0
 """That the process of a rank that has died may take to write down what it was told."""
-SECONDS_BETWEEN_FLUSHES = 20
+SECONDS_BETWEEN_FLUSHES = 5
+ROWS_TO_TELL_AGAIN = 4096
+"""Far more than W&B's process has not written yet."""
+STARTS = 4
+"""Of W&B's process in one attempt."""
 LONGEST_RUN_ID = 64
 """Characters, as W&B allows."""
 
@@ -57,11 +63,11 @@ class TensorBoard:
 
     def __init__(self, folder: Path, first_step: int) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-        from tensorboard.plugins.scalar.summary_v2 import scalar_pb
+        from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.plugins.text.summary_v2 import text_pb
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        self._event, self._scalar, self._text = Event, scalar_pb, text_pb
+        self._event, self._summary, self._text = Event, Summary, text_pb
         self._start = SessionLog(status=SessionLog.START)
         self._writer = EventFileWriter(str(folder), flush_secs=SECONDS_BETWEEN_FLUSHES)
         self._void_from(first_step)
@@ -70,9 +76,8 @@ class TensorBoard:
         self._writer.add_event(self._event(wall_time=time.time(), step=step, session_log=self._start))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            summary = self._scalar(name, value)
-            self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=summary))
+        points = [self._summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=self._summary(value=points)))
 
     def text(self, step: int, kind: str, words: str, *, warn: bool) -> None:
         self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=self._text(kind, words)))
@@ -87,8 +92,11 @@ class TensorBoard:
 class WeightsAndBiases:
     """One W&B run for all attempts of a run directory; offline where nobody is logged in or no server answers.
 
-    Its id is made once and kept in ``wandb/run-id``; ``wandb/logged-step`` has the last step that was told. Steps up to
-    there are not told again: a server would drop them, but offline records would overlap when they are uploaded.
+    Its id is made once and kept in ``wandb/run-id``. Steps that its files have a row of are not told again: a server
+    would drop them, but offline records would overlap when they are uploaded.
+
+    W&B has a process of its own, which no mask protects from a cluster's SIGTERM; it is then started again, and told
+    again what its file lacks.
 
     Args:
         folder: the run's ``wandb/``.
@@ -96,31 +104,44 @@ class WeightsAndBiases:
     """
 
     def __init__(self, folder: Path, run: RunConfig) -> None:
+        os.environ.setdefault("WANDB_SILENT", "true")
         import wandb
 
+        self._wandb, self._folder, self._config = wandb, folder, run
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = contextlib.ExitStack()
         self._lock.enter_context(_alone(folder / "lock"))
-        self._mark = StepMark(folder / "logged-step")
-        self._floor = self._last = self._mark.read()
-        self._folder, self._wandb = folder, wandb
-        mode = os.environ.get("WANDB_MODE")
-        if mode is None and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
-            log.warning("W&B: nobody is logged in, recording offline under %s (upload later with wandb sync)", folder)
-            mode = "offline"
-        try:
-            self._run = self._init(run, mode)
-        except wandb.Error as error:
-            if mode not in (None, "online"):
-                raise
-            log.warning(
-                "W&B: %s: recording offline under %s (upload later with wandb sync)", type(error).__name__, folder
-            )
-            wandb.teardown()  # the service holds the run's id
-            self._run = self._init(run, "offline")
+        self._recent: deque[tuple[int, dict[str, float]]] = deque(maxlen=ROWS_TO_TELL_AGAIN)
+        self._mode: Any = os.environ.get("WANDB_MODE")
+        self._starts_left = STARTS
+        self._open()
 
-    def _init(self, run: RunConfig, mode: Any) -> Any:
-        infra = run.config.infra
+    def _open(self) -> None:
+        """Start W&B's process and the run; again if the process is ended meanwhile, offline if no server takes it."""
+        self._floor = self._last = last_step(self._folder)
+        while True:
+            try:
+                self._run = self._init()
+                return
+            except Exception as error:  # W&B has no class for what the loss of its process is like
+                self._end_service()
+                if self._starts_left <= 1:
+                    raise
+                if not isinstance(error, self._wandb.Error) or self._mode not in (None, "online"):
+                    continue
+                why = "nobody is logged in" if type(error).__name__ == "UsageError" else type(error).__name__
+                log.warning("W&B: %s: recording offline under %s (upload later with wandb sync)", why, self._folder)
+                self._mode = "offline"
+            finally:
+                self._starts_left -= 1
+
+    def _end_service(self) -> None:
+        """W&B's process holds the run's id as long as it lives."""
+        with contextlib.suppress(Exception):  # it may have ended
+            self._wandb.teardown()
+
+    def _init(self) -> Any:
+        run, infra = self._config, self._config.config.infra
         return self._wandb.init(
             dir=str(self._folder),
             id=kept_run_id(self._folder / "run-id", run.name),
@@ -130,10 +151,9 @@ class WeightsAndBiases:
             name=infra.wandb_run_name or run.name,
             job_type=str(run.phase.phase) if run.phase else "training",
             config=run.to_mapping(),
-            mode=mode,
+            mode=self._mode,
             settings=self._wandb.Settings(
                 console="off",  # the logs are in the run directory
-                silent=True,
                 disable_git=True,  # code/git.json has it
                 init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", SECONDS_TO_BE_ANSWERED)),
             ),
@@ -143,19 +163,41 @@ class WeightsAndBiases:
         if step <= self._floor:
             return
         self._last = max(step, self._last)  # a checkpoint that was written meanwhile is told of late
-        self._mark.write(self._last)  # before: a gap of one point is better than an overlap
-        self._run.log(dict(values), step=self._last)
+        self._recent.append((self._last, dict(values)))
+        self._surely(lambda: self._run.log(dict(values), step=self._last), told_again=True)
 
     def text(self, step: int, kind: str, words: str, *, warn: bool) -> None:
-        level = self._wandb.AlertLevel.WARN if warn else self._wandb.AlertLevel.INFO
-        self._run.alert(kind, f"step {step}: {words}", level=level)
+        level = "WARN" if warn else "INFO"
+        self._surely(lambda: self._run.alert(kind, f"step {step}: {words}", level=level))
 
     def rewind(self, step: int) -> None:
         self._floor = self._last
 
     def close(self) -> None:
-        self._run.finish()
+        self._surely(lambda: self._run.finish())
         self._lock.close()
+
+    def _surely(self, act: Callable[[], object], *, told_again: bool = False) -> None:
+        """``act``; if W&B's process has ended meanwhile, once more with a new one that knows the recent rows.
+
+        Args:
+            told_again: whether ``act`` is one of these rows.
+        """
+        try:
+            act()
+        except Exception:
+            if self._starts_left <= 0:
+                raise
+            floor = self._floor
+            self._end_service()
+            self._open()
+            for step, values in self._recent:
+                if step > self._floor:
+                    self._last = max(step, self._last)
+                    self._run.log(values, step=step)
+            self._floor = max(floor, self._floor)
+            if not told_again:
+                act()
 
 
 def kept_run_id(file: Path, name: str) -> str:
@@ -165,20 +207,6 @@ def kept_run_id(file: Path, name: str) -> str:
         stem = re.sub(r"[^A-Za-z0-9._-]", "-", name)[: LONGEST_RUN_ID - len(tail) - 1]
         atomic_write_text(file, f"{stem}-{tail}\n")
     return file.read_text(encoding="utf-8").strip()
-
-
-class StepMark:
-    """A step's number in a file, rewritten in place: torn at worst where a machine dies, and then 0."""
-
-    def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-
-    def read(self) -> int:
-        text = os.pread(self._descriptor, 32, 0).strip()
-        return int(text) if text.isdigit() else 0
-
-    def write(self, step: int) -> None:
-        os.pwrite(self._descriptor, b"%020d\n" % step, 0)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """From the trainer to a tracker's process: a message of one line, written if the pipe has room and else dropped.
 
 Messages, one JSON object a line, each with ``step``: first ``{begin}``, the first step that will be told, then
-``{scalars}``, ``{kind, words, warn}``, and ``{rewind}``: what was told of later steps is void. The end of the pipe is the
-end of the attempt; the process then flushes and ends.
+``{scalars}``, ``{kind, words, warn}``, and ``{rewind}``: what was told of later steps is void. The end of the pipe is
+the end of the attempt; the process then flushes and ends.
 """
 
 from __future__ import annotations
