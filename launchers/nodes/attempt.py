@@ -12,6 +12,7 @@ from encdec.errors import ExitCode, RunDirectoryError
 from encdec.files import RunPaths, atomic_write_json
 from encdec.records import JsonLinesWriter, event
 from encdec.training.run_config import RunConfig, read_run_config
+from launchers import env_secrets
 from launchers.launch_options import newest_stop_seconds, read_launch_options
 from launchers.nodes.agent import NodeAgent
 from launchers.nodes.allocation import (
@@ -37,6 +38,7 @@ def run_attempt(paths: RunPaths) -> int:
     """This node's part of an attempt, from the claim of its number to its outcome; returns the exit code."""
     require_own_code(paths)
     run = read_run_config(paths)
+    env_secrets.take_over(paths, os.environ)
     allocation = read_allocation(os.environ)
     if allocation is None:
         job = local_job(run, paths)

@@ -15,6 +15,7 @@ from typing import Any
 
 from encdec.errors import ExitCode
 from encdec.files import RunPaths
+from encdec.redaction import Redacting
 from encdec.training.run_config import read_run_config
 from encdec.training.tracking.backends import Backend, open_backend
 
@@ -53,7 +54,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("name", choices=["wandb", "tensorboard"])
     parser.add_argument("run_dir", type=Path, help="run directory")
     arguments = parser.parse_args(argv)
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Redacting("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(handlers=[handler])
     code = ExitCode.COMPLETE
     try:
         serve(arguments.name, RunPaths(arguments.run_dir), sys.stdin)
