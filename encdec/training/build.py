@@ -33,7 +33,7 @@ from encdec.training.auto_batch import settle_micro_batch
 from encdec.training.config import FullConfig
 from encdec.training.engines import start_engine
 from encdec.training.execution import LoopGates
-from encdec.training.notifications import Sender, open_addresses
+from encdec.training.notifications import Sender, open_addresses, wants_notifications
 from encdec.training.observers import Observer, Records, TextLog
 from encdec.training.rules import require_memory
 from encdec.training.run_config import RunConfig
@@ -300,8 +300,9 @@ def observers(run: RunConfig, paths: RunPaths, attempt: int, samples_per_epoch: 
                 samples_per_epoch=samples_per_epoch,
             )
         )  # fmt: skip
-    if infra.notify_env:
-        told.append(Notifier(run.name, attempt, Sender(open_addresses(infra.notify_env))))
+    if wants_notifications(infra.notify_env, infra.notify_file):
+        sender = Sender(open_addresses(infra.notify_env, infra.notify_file))
+        told.append(Notifier(run.name, attempt, sender))
     return told
 
 

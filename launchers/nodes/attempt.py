@@ -14,6 +14,7 @@ from encdec.records import JsonLinesWriter, event
 from encdec.training.run_config import RunConfig, read_run_config
 from launchers import env_secrets
 from launchers.launch_options import newest_stop_seconds, read_launch_options
+from launchers.nodes import telling
 from launchers.nodes.agent import NodeAgent
 from launchers.nodes.allocation import (
     Allocation,
@@ -42,7 +43,7 @@ def run_attempt(paths: RunPaths) -> int:
     allocation = read_allocation(os.environ)
     if allocation is None:
         job = local_job(run, paths)
-        return lead_attempt(paths, job, NodeAgent(job, paths.attempt(job.attempt)), None)
+        return lead_attempt(paths, run, job, NodeAgent(job, paths.attempt(job.attempt)), None)
     if allocation.node_rank > 0:
         return follow_attempt(paths, run, allocation)
     continuation = Continuation(paths, allocation)
@@ -50,6 +51,8 @@ def run_attempt(paths: RunPaths) -> int:
     if declined:
         continuation.leave()
         decline(allocation, paths, declined)
+        if declined.exit_code != ExitCode.COMPLETE:
+            telling.tell_declined(run, declined.reason)
         return declined.exit_code
     job = slurm_job(run, paths, lead(allocation, paths), allocation)
     attempt = paths.attempt(job.attempt)
@@ -57,10 +60,12 @@ def run_attempt(paths: RunPaths) -> int:
         continuation.begin(ledger)
     deadline = Deadline(allocation.job, continuation.options.lead_seconds, lambda: newest_stop_seconds(attempt))
     agent = NodeAgent(job, attempt, deadline=deadline.passed, warned=continuation.warned)
-    return lead_attempt(paths, job, agent, continuation)
+    return lead_attempt(paths, run, job, agent, continuation)
 
 
-def lead_attempt(paths: RunPaths, job: NodeJob, agent: NodeAgent, continuation: Continuation | None) -> int:
+def lead_attempt(
+    paths: RunPaths, run: RunConfig, job: NodeJob, agent: NodeAgent, continuation: Continuation | None
+) -> int:
     """The head node's part: run, write the outcome, see to what follows, and write the ledger's last line, for which
     the other nodes wait.
     """
@@ -76,6 +81,7 @@ def lead_attempt(paths: RunPaths, job: NodeJob, agent: NodeAgent, continuation: 
         ledger.write(
             event("ended", attempt=job.attempt, cause=outcome.cause, exit_code=outcome.exit_code, step=outcome.step)
         )
+    telling.tell_end(paths, run, job.attempt, outcome, hurried=agent.stop_signal is not None)
     wait_for_others(attempt, job.nodes)
     return outcome.exit_code
 
