@@ -97,7 +97,7 @@ def staged_directory(final: Path) -> Iterator[Path]:
     """
     final = Path(final)
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
+        make_parents(final)
     except FileExistsError as error:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(final.parent)) from error
     staging = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".tmp", dir=final.parent))
@@ -114,6 +114,28 @@ def staged_directory(final: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
         raise
     fsync_directory(final.parent)
+
+
+def make_private(folder: Path) -> None:
+    """Make a folder that only its user can enter, whatever the umask: then nobody else reaches what lies in it. One
+    that is there already stays as open as its user wants it.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    make_parents(folder)
+    folder.mkdir(mode=0o700, exist_ok=True)
+
+
+def make_parents(path: Path) -> None:
+    """Make the folders above ``path``, which nobody else can write into, whatever the umask.
+
+    Raises:
+        OSError: they cannot be made.
+    """
+    for parent in reversed(path.parents):
+        if not parent.is_dir():
+            parent.mkdir(mode=0o755, exist_ok=True)
 
 
 MANIFEST = "manifest.json"
@@ -280,11 +302,12 @@ class RunPaths:
         return self.root / "sanity_check.json"
 
     def make(self) -> None:
-        """Make the directory and the folders in it.
+        """Make the directory, which only its user can enter, and the folders in it.
 
         Raises:
             OSError: not writable.
         """
+        make_private(self.root)
         for folder in (self.attempts, self.checkpoints, self.gates, self.control):
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -302,7 +325,7 @@ class RunPaths:
             taken = [int(name) for name in os.listdir(self.attempts) if name.isdecimal()]  # stray files, too
             number = max(taken, default=-1) + 1
             try:
-                self.attempt(number).root.mkdir(mode=0o750)
+                self.attempt(number).root.mkdir(mode=0o700)
                 return number
             except FileExistsError:
                 continue

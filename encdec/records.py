@@ -32,7 +32,7 @@ class JsonLinesWriter:
     """
 
     def __init__(self, path: Path) -> None:
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o640)
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         size = os.fstat(self._descriptor).st_size
         if size and os.pread(self._descriptor, 1, size - 1) != b"\n":
             os.write(self._descriptor, b"\n")
@@ -191,6 +191,17 @@ START_UP = "start_up"
 """Kind of the events that tell a start's parts apart: ``done`` (launch, imports, rendezvous or load) and ``restart``,
 the restarts in place before it.
 """
+
+
+def read_last_steps(path: Path, count: int) -> list[dict[str, Any]]:
+    """At most ``count`` step records from the end of a file, oldest first; fewer where its end holds fewer."""
+    try:
+        with path.open("rb") as stream:
+            stream.seek(-min(BYTES_OF_AN_END, os.fstat(stream.fileno()).st_size), os.SEEK_END)
+            lines = stream.read().splitlines()
+    except FileNotFoundError:
+        return []
+    return [record for record in _records(lines) if is_step(record)][-count:]
 
 
 def event(kind: str, **facts: Any) -> dict[str, Any]:

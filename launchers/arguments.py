@@ -192,6 +192,14 @@ def add_what(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         help="most samples of a micro-batch on one rank; auto: as many as fit its memory, found at the start; the "
         "global batch stays what it is (default: training.per_device_train_batch_size)",
     )
+    what.add_argument(
+        "--env-secret",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="variable of this shell that the job must have, such as WANDB_API_KEY: its value is handed on and written "
+        "nowhere; repeatable",
+    )
     what.add_argument("--name", help="name of the run (default: phase + digest of the configuration)")
     what.add_argument(
         "--run-dir", type=Path, help="run directory, on storage that all nodes share (default: runs/NAME)"

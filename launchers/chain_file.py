@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from encdec.files import RunPaths, atomic_write_json
+from encdec.files import RunPaths, atomic_write_json, make_private
 from encdec.records import read_record
 from encdec.training.execution import TrainingPhase
 
@@ -41,7 +41,7 @@ def write_chain(root: Path, phases: Mapping[TrainingPhase, Path], *, in_one_allo
     for phase, directory in phases.items():
         named[phase] = str(directory.relative_to(root)) if directory.is_relative_to(root) else str(directory)
     ordered = {phase: named[phase] for phase in TrainingPhase if phase in named}
-    root.mkdir(parents=True, exist_ok=True)
+    make_private(root)
     atomic_write_json(root / CHAIN_FILE, asdict(ChainRecord(phases=ordered, in_one_allocation=in_one_allocation)))
 
 

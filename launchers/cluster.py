@@ -52,7 +52,7 @@ def require_devices(run: RunConfig) -> None:
     """
     if run.config.infra.distributed_type == "deepspeed":
         require_deepspeed()
-    require_notifications(run.config.infra.notify_env)
+    require_notifications(run.config.infra.notify_env, run.config.infra.notify_file)
     if run.config.infra.device != "cuda":
         return
     found = count_gpus()

@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, field_validator
 import launchers
 from encdec.errors import ConfigError
 from encdec.flops import ACCELERATORS
+from encdec.redaction import looks_secret
 from encdec.training.config import NonNegativeFloat, PositiveFloat, Section
 from encdec.training.config_errors import explain
 from encdec.training.yaml_values import read_yaml
@@ -31,9 +32,6 @@ DECIDED = frozenset(
 )  # fmt: skip
 """sbatch flags that the launcher decides for every job."""
 REMEDY = "Correct {path} in the file; text that YAML would take for a number goes in quotes"
-SECRET_WORDS = frozenset({"APIKEY", "CREDENTIAL", "CREDENTIALS", "KEY", "PASSWD", "PASSWORD", "SECRET", "TOKEN"})
-PLACE_WORDS = frozenset({"DIR", "FILE", "PATH"})
-"""A variable whose name ends so says where a secret is."""
 ASSIGNED = re.compile(r"""\b([A-Za-z_]\w*)=(?!["']?(?:\$|\s|$))""")
 """A variable that a shell line sets to what stands there; $(...) is read elsewhere."""
 
@@ -178,12 +176,6 @@ def require_no_secrets(read: ClusterFile, path: Path) -> None:
             raise ConfigError(
                 f"{path}: a file that is shared and copied into job scripts holds no secrets",
                 found=f"a value for {name}",
-                remedy=f"Export {name} in the shell that submits, which hands its environment on to the job, or let "
+                remedy=f"Export {name} in the shell that submits and give --env-secret {name}, or let "
                 "its tool read it from a file that only you can read, such as ~/.netrc for W&B",
             )
-
-
-def looks_secret(name: str) -> bool:
-    """Whether a variable of that name usually holds a secret: HF_TOKEN does, TOKENIZERS_PARALLELISM does not."""
-    words = name.upper().split("_")
-    return not SECRET_WORDS.isdisjoint(words) and words[-1] not in PLACE_WORDS

@@ -33,6 +33,8 @@ class LaunchOptions:
     """Attempts of a run before nothing continues it by itself."""
     lead_seconds: int = DEFAULT_LEAD_SECONDS
     """Warning before the time limit."""
+    env_secrets: tuple[str, ...] = ()
+    """Names of the variables that --env-secret hands on; never a value."""
 
     def write(self, paths: RunPaths) -> None:
         atomic_write_json(paths.launch, asdict(self))
@@ -55,6 +57,7 @@ def launch_options(paths: RunPaths, arguments: Namespace) -> LaunchOptions:
         continue_by=arguments.continue_by,
         max_attempts=arguments.max_attempts,
         lead_seconds=lead_seconds(measured_stop_seconds(paths), limit),
+        env_secrets=tuple(arguments.env_secret),
     )
 
 

@@ -100,7 +100,7 @@ def output_to(log: Path) -> Iterator[None]:
     """What is started meanwhile writes to ``log``: it outlives this command and must not keep a pipe open behind it."""
     sys.stdout.flush()
     sys.stderr.flush()
-    target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640)
+    target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     kept = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
     try:
         for descriptor in kept:

@@ -62,7 +62,6 @@ def make_run_directory(paths: RunPaths, run: RunConfig, plan: Plan) -> bool:
             snapshot_code(new.code)
             new.make()
             new.submitit.mkdir()
-            staging.chmod(0o750)
     except FileExistsError:
         return False
     except OSError as error:

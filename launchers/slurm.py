@@ -106,6 +106,12 @@ def why_no_controller() -> str | None:
     return None if answer.ok and " UP" in answer.out else answer.problem
 
 
+def accounting_keeps(what: str) -> bool:
+    """Whether the controller has ``what`` (job_comment, job_env, job_script ...) of each job kept in its accounting."""
+    found = re.search(r"^AccountingStoreFlags\s*=\s*(\S+)", ask("scontrol", "show", "config").out, re.MULTILINE)
+    return found is not None and what in found[1].split(",")
+
+
 def expand_nodelist(nodelist: str) -> list[str]:
     """``n[1-3,7]`` -> n1, n2, n3, n7. Computed by scontrol itself; the controller is not asked.
 

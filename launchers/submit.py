@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from argparse import Namespace
 
@@ -11,6 +12,7 @@ from launchers.arguments import parse_submit
 from launchers.chain import asked
 from launchers.cluster import choose_cluster
 from launchers.cluster_file import read_cluster_file
+from launchers.env_secrets import require_names, require_unkept, require_values
 from launchers.ready import Start, make_all, require_preflight, require_what_runs_need, show_plans, with_outlook
 from launchers.run_directory import find_run, require_accelerate_config, usable
 from launchers.start import run_all
@@ -25,12 +27,16 @@ def main(argv: list[str] | None = None) -> int:
 
 def submit(arguments: Namespace) -> int:
     """Everything that can be refused is refused before anything is written."""
+    require_names(arguments.env_secret)
     wanted = asked(arguments)
     arguments.cluster_file = read_cluster_file(arguments.cluster)
     arguments.sbatch = {**arguments.cluster_file.flags, **arguments.sbatch}
     cluster, why = choose_cluster(arguments.cluster, wanted.links[-1].run)
     starts = [Start(link.paths, link.run, link.plan(cluster, why), fresh=True) for link in wanted.links]
     require_what_runs_need(starts, arguments, cluster)
+    require_values(arguments.env_secret, os.environ)
+    if cluster == "slurm":
+        require_unkept(arguments.env_secret)
     if arguments.preflight:
         require_preflight(starts[-1], arguments)
     with usable(RunPaths(wanted.root or starts[0].paths.root)):

@@ -31,7 +31,7 @@ from encdec.data.packed import (
     open_packed,
 )
 from encdec.errors import DataError
-from encdec.files import atomic_write_json, staged_directory
+from encdec.files import atomic_write_json, make_parents, staged_directory
 
 __all__ = ["PackedDataset", "PackedIndex", "TextTokenizer", "ensure_packed", "open_packed", "pack_corpus"]
 
@@ -150,7 +150,7 @@ def _lock(directory: Path) -> Iterator[None]:
 
     The file stays: removing it would let two packers hold two different files of that name.
     """
-    directory.parent.mkdir(parents=True, exist_ok=True)
+    make_parents(directory)
     with directory.with_name(directory.name + ".lock").open("w") as file:
         try:
             try:

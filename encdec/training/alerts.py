@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from encdec.errors import TrainingDiverged
 from encdec.records import StepRecord
+from encdec.redaction import redact
 from encdec.training.config import TrainingConfig
 from encdec.training.detectors import NOT_FINITE, Alert, alert, find_not_finite
 from encdec.training.monitor import TrainingMonitor
@@ -147,4 +148,4 @@ class Notifier(Observer):
 def ending_of(error: BaseException, step: int) -> dict[str, Any]:
     """How an attempt ended that an error ended."""
     cause = "diverged" if isinstance(error, TrainingDiverged) else "crash"
-    return {"cause": cause, "step": step, "message": f"{type(error).__name__}: {error}"}
+    return {"cause": cause, "step": step, "message": redact(f"{type(error).__name__}: {error}")}

@@ -33,12 +33,13 @@ from encdec.training.auto_batch import settle_micro_batch
 from encdec.training.config import FullConfig
 from encdec.training.engines import start_engine
 from encdec.training.execution import LoopGates
-from encdec.training.notifications import Sender, open_addresses
-from encdec.training.observers import Observer, Records, TensorBoard, TextLog, WeightsAndBiases
+from encdec.training.notifications import Sender, open_addresses, wants_notifications
+from encdec.training.observers import Observer, Records, TextLog
 from encdec.training.rules import require_memory
 from encdec.training.run_config import RunConfig
 from encdec.training.saving import averaged, averaged_from, kept_for_roll_back
 from encdec.training.signals import Requests
+from encdec.training.tracking.observer import TrackerObserver
 from encdec.training.trainer import Qwen3EncoderDecoderTrainer
 from encdec.weight_initialization import allocate, build_from_pretrained, build_from_scratch
 
@@ -212,7 +213,7 @@ def build_trainer(
         gates=judged.levels,
         custom_gates=judged.custom,
         requests=requests,
-        observers=observers(run, paths, attempt) if rank == 0 else (),
+        observers=observers(run, paths, attempt, len(dataset)) if rank == 0 else (),
         attempt=attempt,
         restart=restart,
     )
@@ -284,7 +285,7 @@ def evaluation_batches(
     )
 
 
-def observers(run: RunConfig, paths: RunPaths, attempt: int) -> list[Observer]:
+def observers(run: RunConfig, paths: RunPaths, attempt: int, samples_per_epoch: int) -> list[Observer]:
     """Who is told about the steps: the records always, trackers and people as configured."""
     files = paths.attempt(attempt)
     infra, training = run.config.infra, run.config.training
@@ -292,21 +293,16 @@ def observers(run: RunConfig, paths: RunPaths, attempt: int) -> list[Observer]:
         Records(files.steps, files.events("rank-0")),
         TextLog(run.num_train_steps, training.logging_steps),
     ]
-    if "tensorboard" in training.report_to:
-        told.append(TensorBoard(paths.root / "tensorboard"))
-    if "wandb" in training.report_to:
+    for tracker in dict.fromkeys(training.report_to):
         told.append(
-            WeightsAndBiases(
-                paths.root / "wandb",
-                run_id=f"{run.name}-{run.identity[:8]}",
-                project=infra.wandb_project,
-                entity=infra.wandb_entity,
-                name=infra.wandb_run_name or run.name,
-                config=run.to_mapping(),
+            TrackerObserver.of_run(
+                tracker, paths, logging_steps=training.logging_steps, total_steps=run.num_train_steps,
+                samples_per_epoch=samples_per_epoch,
             )
-        )
-    if infra.notify_env:
-        told.append(Notifier(run.name, attempt, Sender(open_addresses(infra.notify_env))))
+        )  # fmt: skip
+    if wants_notifications(infra.notify_env, infra.notify_file):
+        sender = Sender(open_addresses(infra.notify_env, infra.notify_file))
+        told.append(Notifier(run.name, attempt, sender))
     return told
 
 

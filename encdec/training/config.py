@@ -256,7 +256,10 @@ class InfraConfig(Section):
     """W&B run name; the run directory's name unless given."""
     notify_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
     """Name of the environment variable with addresses (apprise URLs, separated by spaces) that are sent alerts, closed
-    gates and the ends of attempts. They hold secrets, so they stand in no file and no log. None: nobody is told."""
+    gates, the ends of attempts and of chains, and when a run is given up. They hold secrets, so they stand in no log.
+    None: nobody is told."""
+    notify_file: str | None = None
+    """File with such addresses, which only its user can read; # begins a comment. None: nobody is told."""
 
 
 class FullConfig(Section):

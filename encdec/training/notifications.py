@@ -1,7 +1,9 @@
-"""Messages to people through apprise: addresses from the environment, sent beside training, never waited for.
+"""Messages to people through apprise: addresses from the environment or a private file, sent beside training, never
+waited for.
 
-Addresses hold secrets (tokens, passwords). They are read from a variable, kept in memory, and told to nobody: apprise
-is muted, and of what goes wrong only the address's kind and the kind of error are said.
+Addresses hold secrets (tokens, passwords). They are read from a variable or a file that only its user can read, kept in
+memory, and told to nobody: apprise is muted, and of what goes wrong only the address's kind and the kind of error are
+said.
 """
 
 from __future__ import annotations
@@ -11,10 +13,13 @@ import importlib.util
 import logging
 import os
 import queue
+import shlex
+import stat
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from encdec.errors import MissingPrerequisite
@@ -45,51 +50,100 @@ class Address(NamedTuple):
     """Sends one message; whether it was taken."""
 
 
-def require_notifications(variable: str | None) -> None:
+def wants_notifications(variable: str | None, file: str | None) -> bool:
+    """Whether ``infra.notify_env`` or ``infra.notify_file`` asks for any."""
+    return variable is not None or file is not None
+
+
+def require_notifications(variable: str | None, file: str | None = None) -> None:
     """Look for the library and the addresses, importing and showing neither.
 
     Args:
-        variable: name of the environment variable; None: no notifications.
+        variable: name of the environment variable; None: there is none.
+        file: path of the private file; None: there is none.
 
     Raises:
-        MissingPrerequisite: apprise is not installed, or the variable is not set.
+        MissingPrerequisite: apprise is not installed, the variable is not set, or the file is not as it should be.
     """
-    if variable is None:
+    if not wants_notifications(variable, file):
         return
     if importlib.util.find_spec("apprise") is None:
+        asked = f"infra.notify_env={variable}" if variable else f"infra.notify_file={file}"
         raise MissingPrerequisite(
-            f"infra.notify_env={variable} needs apprise",
+            f"{asked} needs apprise",
             found=f"none in {sys.prefix}",
-            remedy=f"Install it: {INSTALL_APPRISE}; or leave infra.notify_env out",
+            remedy=f"Install it: {INSTALL_APPRISE}; or leave {asked.partition('=')[0]} out",
         )
-    if not os.environ.get(variable, "").split():
+    read_addresses(variable, file)
+
+
+def read_addresses(variable: str | None, file: str | None) -> list[str]:
+    """The addresses of both places.
+
+    Raises:
+        MissingPrerequisite: a place that is named holds none, or others can read it.
+    """
+    return [*(_in_variable(variable) if variable else ()), *(_in_file(Path(file)) if file else ())]
+
+
+def _in_variable(variable: str) -> list[str]:
+    addresses = os.environ.get(variable, "").split()
+    if not addresses:
         raise MissingPrerequisite(
             f"The environment variable {variable}, which infra.notify_env names, must hold addresses",
             found="none",
             remedy=f"export {variable}='mailto://... slack://...' (https://github.com/caronc/apprise lists the kinds), "
             "or leave infra.notify_env out",
         )
+    return addresses
 
 
-def open_addresses(variable: str) -> list[Address]:
-    """The addresses that the environment variable holds, separated by spaces.
+def _in_file(file: Path) -> list[str]:
+    rule = f"infra.notify_file, {file}, must be a file with addresses that only you can read"
+    try:
+        with file.open(encoding="utf-8") as stream:
+            facts = os.fstat(stream.fileno())
+            if facts.st_uid != os.geteuid() or facts.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+                raise MissingPrerequisite(
+                    rule,
+                    found=f"mode {stat.filemode(facts.st_mode)} of user {facts.st_uid}",
+                    remedy=f"chmod 600 {shlex.quote(str(file))}; if others may have read it, replace what it holds",
+                )
+            lines = [line for line in stream.read().splitlines() if not line.lstrip().startswith("#")]
+    except (OSError, UnicodeDecodeError) as error:
+        found = error.strerror if isinstance(error, OSError) else "no text"
+        raise MissingPrerequisite(
+            rule, found=found, remedy="Write it (umask 077), or leave infra.notify_file out"
+        ) from None
+    addresses = " ".join(lines).split()
+    if not addresses:
+        raise MissingPrerequisite(
+            rule, found="none", remedy="Write addresses into it, separated by spaces or lines; # begins a comment"
+        )
+    return addresses
+
+
+def open_addresses(variable: str | None, file: str | None = None) -> list[Address]:
+    """The addresses that the environment variable and the file hold.
 
     Raises:
-        MissingPrerequisite: apprise is not installed or does not understand an address, or the variable is not set.
+        MissingPrerequisite: apprise is not installed or does not understand an address, or a place is not as it should
+            be.
     """
-    require_notifications(variable)
+    require_notifications(variable, file)
     import apprise
 
     # it names hosts, and addresses that it does not understand, in its log
     apprise.logger.setLevel(logging.CRITICAL + 1)
     apprise.logger.propagate = False
     addresses = []
-    urls = os.environ[variable].split()
+    urls = read_addresses(variable, file)
+    places = " and ".join(filter(None, [variable and f"the environment variable {variable}", file]))
     for number, url in enumerate(urls, 1):
         service = apprise.Apprise(asset=apprise.AppriseAsset(async_mode=False, storage_mode="memory"))
         if not service.add(url):
             raise MissingPrerequisite(
-                f"apprise must understand every address in the environment variable {variable}",
+                f"apprise must understand every address in {places}",
                 found=f"that it does not understand number {number} of {len(urls)}",
                 remedy="Correct it (the command apprise --dry-run says why); addresses are separated by spaces",
             )

@@ -1,10 +1,9 @@
-"""What is told about training as it goes: step records, log lines, a progress bar, trackers. Rank 0 only."""
+"""What is told about training as it goes: step records, log lines, a progress bar. Rank 0 only."""
 
 from __future__ import annotations
 
 import logging
 import math
-import os
 import sys
 from collections import deque
 from collections.abc import Mapping
@@ -170,98 +169,7 @@ class TextLog(Observer):
             self._bar.stop()
 
 
-class TensorBoard(Observer):
-    """Scalars for TensorBoard, one file a start, steps as abscissa."""
-
-    def __init__(self, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # slow to import: only where asked for
-
-        self._writer = SummaryWriter(str(folder))
-
-    def on_step(self, record: StepRecord, moving_loss: float) -> None:
-        for name, value in scalars(record, moving_loss).items():
-            self._writer.add_scalar(name, value, record.step)
-
-    def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        for name, value in metrics.items():
-            self._writer.add_scalar(f"eval/{name}", value, step)
-
-    def on_save(self, saved: Saved) -> None:
-        self._writer.add_scalar("checkpoint/seconds", saved.seconds, saved.step)
-        self._writer.add_scalar("checkpoint/blocking_seconds", saved.blocking_seconds, saved.step)
-
-    def on_save_failed(self, step: int, reason: str, last: str | None) -> None:
-        self._writer.add_text("checkpoint/failed", reason, step)
-
-    def on_alert(self, alert: Mapping[str, Any]) -> None:
-        self._writer.add_text(f"alert/{alert['type']}", alert["message"], alert["step"])
-
-    def on_event(self, kind: str, facts: Mapping[str, Any]) -> None:
-        self._writer.add_text(f"events/{kind}", in_words(kind, facts))
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class WeightsAndBiases(Observer):
-    """One W&B run for all attempts of a run directory; offline where nobody is logged in."""
-
-    def __init__(self, folder: Path, *, run_id: str, project: str, entity: str | None, name: str, config: Any) -> None:
-        import wandb  # slow to import: only where asked for
-
-        mode: Any = os.environ.get("WANDB_MODE")
-        if mode is None and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
-            mode = "offline"
-            log.warning("W&B: nobody is logged in, recording offline under %s (upload later with wandb sync)", folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._run = wandb.init(
-            dir=str(folder),
-            id=run_id,
-            resume="allow",
-            project=project,
-            entity=entity,
-            name=name,
-            config=config,
-            mode=mode,
-        )
-
-    def on_step(self, record: StepRecord, moving_loss: float) -> None:
-        self._run.log(scalars(record, moving_loss), step=record.step)
-
-    def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._run.log({f"eval/{name}": value for name, value in metrics.items()}, step=step)
-
-    def on_save(self, saved: Saved) -> None:
-        seconds = {"checkpoint/seconds": saved.seconds, "checkpoint/blocking_seconds": saved.blocking_seconds}
-        self._run.log(seconds, commit=False)  # with the next step's: W&B takes nothing about steps that have passed
-
-    def on_save_failed(self, step: int, reason: str, last: str | None) -> None:
-        self._run.alert("A checkpoint could not be written", f"step {step}: {reason}; the newest is {last}")
-
-    def on_alert(self, alert: Mapping[str, Any]) -> None:
-        self._run.alert(alert["type"], f"step {alert['step']}: {alert['message']}", level="WARN")
-
-    def on_event(self, kind: str, facts: Mapping[str, Any]) -> None:
-        self._run.alert(kind.replace("_", " "), in_words(kind, facts))
-
-    def close(self) -> None:
-        self._run.finish()
-
-
 def in_words(kind: str, facts: Mapping[str, Any]) -> str:
     """An entry of the ledger as one line; lists of records are for programs."""
     told = (f"{name} {value}" for name, value in facts.items() if name != "evidence")
     return f"{kind.replace('_', ' ')}: " + ", ".join(told)
-
-
-def scalars(record: StepRecord, moving_loss: float) -> dict[str, float]:
-    """A step record under the names that trackers show."""
-    return {
-        "train/loss": record.loss,
-        "train/loss_50_step_mean": moving_loss,
-        "train/learning_rate": record.learning_rate,
-        "train/grad_norm": record.grad_norm,
-        "train/tokens_seen": record.tokens_seen,
-        "throughput/tokens_per_second": record.tokens_per_second,
-        "memory/gb": record.memory_gb,
-    }

@@ -23,6 +23,7 @@ from encdec.errors import EncdecError, ShardingError
 from encdec.files import RunPaths, atomic_write_json
 from encdec.gates import GateReport
 from encdec.records import RankResult
+from encdec.redaction import Redacting, redact
 from encdec.tokenization_qwen3_encdec import Qwen3EncoderDecoderTokenizer
 from encdec.training import sharding, storage
 from encdec.training.alerts import ending_of
@@ -182,7 +183,7 @@ def refuse(paths: RunPaths, attempt: int, error: EncdecError) -> NoReturn:
 
     On a full disk there may be no room for that, nor for the log, which lies there too: nothing here may raise.
     """
-    report = {"message": str(error), "exit_code": int(error.exit_code)}
+    report = {"message": redact(str(error)), "exit_code": int(error.exit_code)}
     with contextlib.suppress(OSError):
         log.error("%s", error)
         sys.stderr.flush()
@@ -203,6 +204,8 @@ def drop_unfinished(paths: RunPaths, attempt: int) -> None:
 def start_log() -> None:
     """Rank 0 tells the story; the others speak up for warnings."""
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr, force=True)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Redacting("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler], force=True)
     logging.captureWarnings(True)
     log.info("code: %s", Path(encdec.__file__).parent)

@@ -34,7 +34,8 @@ PLACE_KEYS = (
     "name", "nodes", "ranks_per_node", "config.infra.num_gpus", "config.infra.output_dir", "config.infra.logging_dir",
     "config.infra.checkpoint_mirror", "config.data.packed_dir", "config.data.preprocessing_num_workers",
     "starts_from.source",
-    "config.infra.notify_env", "config.training.monitor_loss_spike", "config.training.monitor_grad_norm",
+    "config.infra.notify_env", "config.infra.notify_file",
+    "config.training.monitor_loss_spike", "config.training.monitor_grad_norm",
     "config.training.monitor_throughput_share", "config.training.monitor_data_wait_share",
     "config.training.monitor_memory_growth", "config.training.monitor_alert_steps",
 )  # fmt: skip
@@ -261,6 +262,8 @@ def resolve_run(
     ranks = ranks_per_node or config.infra.num_gpus
     config.infra.num_gpus = ranks
     config.data.packed_dir = str(Path(config.data.packed_dir).absolute())
+    if config.infra.notify_file:
+        config.infra.notify_file = str(Path(config.infra.notify_file).expanduser().absolute())
     suites = {metric: str(Path(name).absolute()) for metric, name in config.data.eval_benchmarks.items()}
     config.data.eval_benchmarks = suites
     if config.infra.checkpoint_mirror and "://" not in config.infra.checkpoint_mirror:

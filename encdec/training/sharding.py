@@ -39,7 +39,7 @@ def require_ranks(infra: InfraConfig, expected_world_size: int | None = None) ->
         )
     require_engine(infra)
     if os.environ.get("RANK", "0") == "0":
-        require_notifications(infra.notify_env)
+        require_notifications(infra.notify_env, infra.notify_file)
 
 
 def require_engine(infra: InfraConfig) -> None:

@@ -12,7 +12,9 @@ from encdec.errors import ExitCode, RunDirectoryError
 from encdec.files import RunPaths, atomic_write_json
 from encdec.records import JsonLinesWriter, event
 from encdec.training.run_config import RunConfig, read_run_config
+from launchers import env_secrets
 from launchers.launch_options import newest_stop_seconds, read_launch_options
+from launchers.nodes import telling
 from launchers.nodes.agent import NodeAgent
 from launchers.nodes.allocation import (
     Allocation,
@@ -38,12 +40,13 @@ def run_attempt(paths: RunPaths) -> int:
     """This node's part of an attempt, from the claim of its number to its outcome; returns the exit code."""
     require_own_code(paths)
     run = read_run_config(paths)
+    env_secrets.take_over(paths, os.environ)
     allocation = read_allocation(os.environ)
     if allocation is None:
         job = local_job(run, paths)
         with JsonLinesWriter(paths.attempt(job.attempt).events("node-0")) as ledger:
             ledger.write(event("claimed", attempt=job.attempt, began=LOADED))
-        return lead_attempt(paths, job, NodeAgent(job, paths.attempt(job.attempt)), None)
+        return lead_attempt(paths, run, job, NodeAgent(job, paths.attempt(job.attempt)), None)
     if allocation.node_rank > 0:
         return follow_attempt(paths, run, allocation)
     continuation = Continuation(paths, allocation)
@@ -51,6 +54,8 @@ def run_attempt(paths: RunPaths) -> int:
     if declined:
         continuation.leave()
         decline(allocation, paths, declined)
+        if declined.exit_code != ExitCode.COMPLETE:
+            telling.tell_declined(run, declined.reason)
         return declined.exit_code
     job = slurm_job(run, paths, lead(allocation, paths), allocation)
     attempt = paths.attempt(job.attempt)
@@ -59,10 +64,12 @@ def run_attempt(paths: RunPaths) -> int:
         continuation.begin(ledger)
     deadline = Deadline(allocation.job, continuation.options.lead_seconds, lambda: newest_stop_seconds(attempt))
     agent = NodeAgent(job, attempt, deadline=deadline.passed, warned=continuation.warned)
-    return lead_attempt(paths, job, agent, continuation)
+    return lead_attempt(paths, run, job, agent, continuation)
 
 
-def lead_attempt(paths: RunPaths, job: NodeJob, agent: NodeAgent, continuation: Continuation | None) -> int:
+def lead_attempt(
+    paths: RunPaths, run: RunConfig, job: NodeJob, agent: NodeAgent, continuation: Continuation | None
+) -> int:
     """The head node's part: run, write the outcome, see to what follows, and write the ledger's last line, for which
     the other nodes wait.
     """
@@ -78,6 +85,7 @@ def lead_attempt(paths: RunPaths, job: NodeJob, agent: NodeAgent, continuation: 
         ledger.write(
             event("ended", attempt=job.attempt, cause=outcome.cause, exit_code=outcome.exit_code, step=outcome.step)
         )
+    telling.tell_end(paths, run, job.attempt, outcome, hurried=agent.stop_signal is not None)
     wait_for_others(attempt, job.nodes)
     return outcome.exit_code
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from encdec.errors import ConfigError
+from encdec.redaction import looks_secret
 from launchers import cluster_file
 from launchers.arguments import parse_submit
-from launchers.cluster_file import ClusterFile, looks_secret, read_cluster_file
+from launchers.cluster_file import ClusterFile, read_cluster_file
 from tests.conftest import REPOSITORY
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import math
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,54 +21,14 @@ from encdec.training.run_config import resolve_run
 from encdec.training.sharding import require_ranks
 from launchers.cluster import require_devices
 from tests.conftest import MICRO, Lab, wait_until
+from tests.encdec.training.inbox_lab import SECRET, VARIABLE, Inbox, an_inbox
 
-VARIABLE = "TEST_NOTIFY_URLS"
-SECRET = "s3cr3t-token"
 A_MESSAGE = Message("run: loss_spike", "attempt 0, step 7: loss 9 is above 8", "warning")
 
 
-class Inbox:
-    """An HTTP server that keeps what is posted, answers with ``status``, and waits for ``gate`` before it does."""
-
-    def __init__(self) -> None:
-        self.posts: list[dict[str, Any]] = []
-        self.status, self.gate = 200, threading.Event()
-        self.gate.set()
-        inbox = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                inbox.posts.append({**body, "path": self.path})
-                inbox.gate.wait(60)
-                self.send_response(inbox.status)
-                self.end_headers()
-
-            def log_message(self, *_: Any) -> None:
-                """Not on the terminal."""
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return f"json://user:{SECRET}@127.0.0.1:{self.server.server_port}/{SECRET}"
-
-    @property
-    def titles(self) -> list[str]:
-        return [post["title"] for post in self.posts]
-
-
 @pytest.fixture
-def inbox(monkeypatch) -> Iterator[Inbox]:
-    inbox = Inbox()
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setenv(VARIABLE, inbox.url)
-    yield inbox
-    inbox.gate.set()
-    inbox.server.shutdown()
-    inbox.server.server_close()
+def inbox(monkeypatch: pytest.MonkeyPatch) -> Iterator[Inbox]:
+    yield from an_inbox(monkeypatch)
 
 
 # ---- through the library, over HTTP
@@ -123,6 +82,48 @@ def test_an_address_that_nobody_understands_is_refused_unseen(monkeypatch, inbox
     with pytest.raises(MissingPrerequisite, match="number 2 of 2") as refusal:
         open_addresses(VARIABLE)
     assert SECRET not in str(refusal.value) + caplog.text + "".join(capfd.readouterr())
+
+
+# ---- from a private file
+
+
+def private_file(folder: Path, text: str, mode: int = 0o600) -> str:
+    file = folder / "addresses"
+    file.write_text(text)
+    file.chmod(mode)
+    return str(file)
+
+
+def test_addresses_of_a_private_file_get_messages_too(inbox: Inbox, tmp_path: Path):
+    file = private_file(tmp_path, f"# the team's\n{inbox.url}\n  # and mine\n{inbox.url}\n")
+    for variable, times in ((None, 2), (VARIABLE, 3)):
+        inbox.posts.clear()
+        sender = Sender(open_addresses(variable, file))
+        sender.send(A_MESSAGE)
+        sender.close(30)
+        assert len(inbox.posts) == times
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o601])
+def test_a_file_that_others_may_use_is_refused_unread(inbox: Inbox, tmp_path: Path, mode: int):
+    file = private_file(tmp_path, inbox.url, mode)
+    with pytest.raises(MissingPrerequisite, match=r"only you can read.*chmod 600 .*replace what it holds") as refusal:
+        require_notifications(None, file)
+    assert SECRET not in str(refusal.value)
+
+
+@pytest.mark.parametrize(("text", "found"), [("", "none"), ("# json://x\n", "none"), (None, "No such file")])
+def test_a_file_without_addresses_is_said_before_training(tmp_path: Path, text: str | None, found: str):
+    file = str(tmp_path / "nowhere") if text is None else private_file(tmp_path, text)
+    with pytest.raises(MissingPrerequisite, match=found):
+        require_notifications(None, file)
+
+
+def test_an_address_of_a_file_that_nobody_understands_is_refused_unseen(tmp_path: Path, capfd):
+    file = private_file(tmp_path, f"nonsense://{SECRET}")
+    with pytest.raises(MissingPrerequisite, match="number 1 of 1") as refusal:
+        open_addresses(None, file)
+    assert SECRET not in str(refusal.value) + "".join(capfd.readouterr())
 
 
 # ---- without the library

@@ -21,7 +21,7 @@ from encdec.sanity_check import check_model
 from encdec.sanity_check import main as sanity_main
 from encdec.tokenization_qwen3_encdec import Qwen3EncoderDecoderTokenizer
 from encdec.training.build import build_model
-from encdec.training.observers import Records, TensorBoard, TextLog, WeightsAndBiases
+from encdec.training.observers import Records, TextLog
 from encdec.training.optimizer import make_optimizer
 from encdec.training.run_config import RunConfig, resolve_run
 from encdec.training.trainer import Qwen3EncoderDecoderTrainer
@@ -232,28 +232,6 @@ def test_text_log_says_where_it_stands(caplog):
     text.close()
     assert "step 2/20" in caplog.text
     assert "ETA 36 s" in caplog.text  # 18 steps of 2 s
-
-
-def test_tensorboard_file_holds_the_curve(tmp_path: Path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    board = TensorBoard(tmp_path)
-    for step in (1, 2):
-        board.on_step(a_record(step), 2.5)
-    board.on_evaluation(2, {"loss": 1.5})
-    board.close()
-    curves = EventAccumulator(str(tmp_path)).Reload()
-    assert [(e.step, e.value) for e in curves.Scalars("train/loss")] == [(1, 2.0), (2, 2.0)]
-    assert curves.Scalars("eval/loss")[0].value == 1.5
-
-
-def test_wandb_records_offline_when_nobody_is_logged_in(tmp_path: Path, monkeypatch):
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    tracker = WeightsAndBiases(tmp_path, run_id="r1", project="p", entity=None, name="n", config={"a": 1})
-    tracker.on_step(a_record(1), 2.5)
-    tracker.close()
-    assert list(tmp_path.rglob("*.wandb"))
 
 
 def test_sanity_check_passes_a_good_model_and_leaves_it_as_it_was(kit: Kit, tokenizer):
