@@ -14,9 +14,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from encdec.errors import ConfigError, RunDirectoryError
+from encdec.errors import ConfigError
 from encdec.files import AttemptPaths, RunPaths
-from encdec.records import Outcome, ProcessRecord, is_step, read_ends, read_json_lines, read_newest, read_record
+from encdec.records import is_step, read_ends, read_newest
 from launchers.chain_file import CHAIN_FILE, runs_of
 from launchers.forecast import Measured
 
@@ -26,24 +26,39 @@ UNSTEADY_STEPS = 2
 """At the start of an attempt, that say nothing about the others: caches fill, kernels are compiled."""
 LEAST_STEPS = 5
 """Steady ones, without which an attempt says nothing."""
-BYTES_OF_STEPS = 1 << 19
-"""Read from the end of an attempt's step records: some 1,500 of them."""
+BYTES_OF_RECORDS = 1 << 19
+"""Read from the end of an attempt's records: some 1,500 steps."""
 SAME = ("parameters", "device", "gpu", "bytes_per_value", "activation_checkpointing", "sharding")
 """Facts of a plan's forecast without which another run's speed means nothing."""
 ALIKE = ("sample_length", "micro_batch_size", "nodes", "ranks_per_node")
 """Facts of a plan: of several runs the one with the most in common is taken, then the newest."""
 
 
-def calibrate(plan: dict[str, Any], places: Sequence[Path]) -> Measured | None:
-    """What the most similar of the earlier runs measured; None where there is none.
+class EarlierRuns:
+    """The earlier runs in some folders, read once for all the phases of a command.
 
     Args:
-        plan: of the run that is to be foreseen, as ``plan.json`` has it.
         places: folders of run directories.
     """
-    likes = [(likeness(plan, other), paths) for paths, other in earlier_runs(places)]  # the newest first, and so ranked
-    ranked = sorted(((much, paths) for much, paths in likes if much is not None), key=lambda like: -like[0])
-    return next((found for found in (measure(paths) for _, paths in ranked) if found), None)
+
+    def __init__(self, places: Sequence[Path]) -> None:
+        self._runs = list(earlier_runs(places))
+        self._measured: dict[Path, Measured | None] = {}
+
+    def calibrate(self, plan: dict[str, Any]) -> Measured | None:
+        """What the most similar of them measured; None where there is none.
+
+        Args:
+            plan: of the run that is to be foreseen, as ``plan.json`` has it.
+        """
+        likes = [(likeness(plan, other), paths) for paths, other in self._runs]  # the newest first, and so ranked
+        ranked = sorted(((much, paths) for much, paths in likes if much is not None), key=lambda like: -like[0])
+        return next((found for found in (self._measure(paths) for _, paths in ranked) if found), None)
+
+    def _measure(self, paths: RunPaths) -> Measured | None:
+        if paths.root not in self._measured:
+            self._measured[paths.root] = measure(paths)
+        return self._measured[paths.root]
 
 
 def calibrate_from(plan: dict[str, Any], paths: RunPaths) -> Measured:
@@ -96,11 +111,17 @@ def folders_in(place: Path) -> list[Path]:
 
 def read_plan(paths: RunPaths) -> dict[str, Any] | None:
     """``plan.json`` of a run; None where there is none that has a forecast."""
+    plan = read_plain(paths.plan)
+    return plan if isinstance(plan.get("forecast"), dict) else None
+
+
+def read_plain(path: Path) -> dict[str, Any]:
+    """A JSON file's mapping; an empty one where there is none that is whole."""
     try:
-        plan = json.loads(paths.plan.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
-    return plan if isinstance(plan, dict) and isinstance(plan.get("forecast"), dict) else None
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def facts_of(plan: dict[str, Any]) -> dict[str, Any]:
@@ -120,9 +141,12 @@ def measure(paths: RunPaths) -> Measured | None:
     flops = plan["forecast"].get("flops_per_step") if plan else None
     for number in reversed(paths.attempt_numbers()):
         attempt = paths.attempt(number)
-        steps = list(filter(is_step, read_newest(attempt.steps, BYTES_OF_STEPS)))
+        steps = list(filter(is_step, read_newest(attempt.steps, BYTES_OF_RECORDS)))
         if plan and flops and len(steps) >= LEAST_STEPS + UNSTEADY_STEPS:
-            return measured_by(attempt, steps, plan, name=paths.root.name)
+            try:
+                return measured_by(attempt, steps, plan, name=paths.root.name)
+            except (ArithmeticError, KeyError, TypeError, ValueError):  # somebody else's damaged files
+                return None
     return None
 
 
@@ -134,7 +158,7 @@ def measured_by(attempt: AttemptPaths, steps: list[dict[str, Any]], plan: dict[s
     """
     steady = steps[UNSTEADY_STEPS:]
     mean = statistics.fmean(step["step_seconds"] for step in steady)
-    events = list(read_json_lines(attempt.events("rank-0")))
+    events = list(read_newest(attempt.events("rank-0"), BYTES_OF_RECORDS))
     saves = [event for event in events if event.get("event") == "saved"]
     stops = {event.get("step") for event in events if event.get("event") in ("evaluated", "saved")}
     # between two steps lie evaluation, the part of a save that blocks, and what observers do
@@ -162,12 +186,5 @@ def measured_by(attempt: AttemptPaths, steps: list[dict[str, Any]], plan: dict[s
 
 def bounds_of(attempt: AttemptPaths) -> tuple[float | None, float | None]:
     """When the attempt's process began and when its outcome was written, seconds since the epoch, as far as known."""
-    try:
-        began: float | None = read_record(attempt.process, ProcessRecord).created
-    except RunDirectoryError:
-        began = None
-    try:
-        outcome: Outcome | None = read_record(attempt.outcome, Outcome)
-    except RunDirectoryError:
-        outcome = None
-    return began, outcome.time if outcome and outcome.cause == "complete" else None
+    began, outcome = read_plain(attempt.process).get("created"), read_plain(attempt.outcome)
+    return began, outcome.get("time") if outcome.get("cause") == "complete" else None

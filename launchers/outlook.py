@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from encdec.files import RunPaths
 from encdec.flops import ACCELERATORS, accelerator_in
 from encdec.training.run_config import RunConfig
-from launchers.calibration import calibrate, calibrate_from
+from launchers.calibration import EarlierRuns, calibrate_from
 from launchers.cluster_file import ClusterFile
 from launchers.feasibility import Finding, bad_choices, job_limit_seconds, refused_by, require_feasible
 from launchers.forecast import Place, foresee
@@ -59,7 +59,8 @@ def foreseen(prospects: Sequence[Prospect], arguments: Namespace, *, inside_job:
     """
     on_slurm = prospects[0].plan.cluster == "slurm"
     limits = read_limits(arguments.sbatch) if on_slurm and not inside_job else Limits()
-    outlooks = [look_ahead(prospect, arguments, limits) for prospect in prospects]
+    earlier = EarlierRuns([ROOT, prospects[0].paths.root.parent])
+    outlooks = [look_ahead(prospect, arguments, limits, earlier) for prospect in prospects]
     news = [] if inside_job else [number for number, prospect in enumerate(prospects) if prospect.new]
     require_feasible([finding for number in news for finding in outlooks[number].findings])
     if on_slurm and news:
@@ -67,7 +68,7 @@ def foreseen(prospects: Sequence[Prospect], arguments: Namespace, *, inside_job:
     return outlooks
 
 
-def look_ahead(prospect: Prospect, arguments: Namespace, limits: Limits) -> Outlook:
+def look_ahead(prospect: Prospect, arguments: Namespace, limits: Limits, earlier: EarlierRuns) -> Outlook:
     """The outlook of one run."""
     paths, run, plan = prospect.paths, prospect.run, prospect.plan
     options = launch_options(paths, arguments)
@@ -75,9 +76,7 @@ def look_ahead(prospect: Prospect, arguments: Namespace, limits: Limits) -> Outl
     place = place_of(run, plan, arguments, limits)
     bare = plan.with_forecast(foresee(run, place, options, sharding=plan.sharding), ())
     named, known = getattr(arguments, "calibrate_from", None), bare.to_mapping()
-    measured = (
-        calibrate_from(known, RunPaths(named.absolute())) if named else calibrate(known, [ROOT, paths.root.parent])
-    )
+    measured = calibrate_from(known, RunPaths(named.absolute())) if named else earlier.calibrate(known)
     forecast = foresee(run, place, options, sharding=plan.sharding, measured=measured)
     findings = bad_choices(run, plan, forecast, options, memory_is_certain=memory_is_named(arguments.cluster_file))
     if request:

@@ -1,4 +1,4 @@
-"""The only module that runs Slurm commands or knows their output formats.
+"""With ``slurm_limits`` the only module that runs Slurm commands or knows their output formats.
 
 Columns are asked for by name, never as JSON, whose schema changes between releases. A run's first sbatch is submitit's.
 """

@@ -12,7 +12,7 @@ import pytest
 from encdec.errors import ConfigError
 from encdec.files import RunPaths, atomic_write_json
 from encdec.records import JsonLinesWriter, Outcome, ProcessRecord, read_json_lines, read_record
-from launchers.calibration import calibrate, calibrate_from, earlier_runs, measure, read_plan
+from launchers.calibration import EarlierRuns, calibrate_from, earlier_runs, measure, read_plan
 from launchers.submit import main
 from tests.conftest import MICRO
 from tests.launchers.conftest import step_record
@@ -67,6 +67,14 @@ def test_too_few_steps_measure_nothing(tmp_path: Path):
     assert measure(RunPaths(tmp_path / "none")) is None
 
 
+def test_damaged_records_measure_nothing(tmp_path: Path):
+    paths = record(tmp_path / "run")
+    atomic_write_json(paths.attempt(0).process, {"created": "yesterday"})
+    assert measure(paths) is None
+    assert measure(record(tmp_path / "no-ranks", nodes=None)) is None
+    assert EarlierRuns([tmp_path]).calibrate(plan()) is None
+
+
 def test_most_similar_run_of_the_same_model_is_taken(tmp_path: Path):
     record(tmp_path / "other-lengths", sample_length=96)
     record(tmp_path / "same")
@@ -74,11 +82,11 @@ def test_most_similar_run_of_the_same_model_is_taken(tmp_path: Path):
     record(tmp_path / "gpu", forecast={**plan()["forecast"], "device": "cuda"})
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "plan.json").write_text("{")
-    assert calibrate(plan(), [tmp_path]).source == "same"  # type: ignore[union-attr]
+    assert EarlierRuns([tmp_path]).calibrate(plan()).source == "same"  # type: ignore[union-attr]
     shutil.rmtree(tmp_path / "same")
-    assert calibrate(plan(), [tmp_path, tmp_path / "nowhere"]).source == "other-lengths"  # type: ignore[union-attr]
-    assert calibrate(plan(parameters=2), [tmp_path]) is None
-    assert calibrate(plan(parameters=None), [tmp_path]) is None
+    assert EarlierRuns([tmp_path, tmp_path / "nowhere"]).calibrate(plan()).source == "other-lengths"  # type: ignore[union-attr]
+    assert EarlierRuns([tmp_path]).calibrate(plan(parameters=2)) is None
+    assert EarlierRuns([tmp_path]).calibrate(plan(parameters=None)) is None
 
 
 def test_phases_of_a_chain_are_earlier_runs_too(tmp_path: Path):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -141,3 +144,15 @@ def test_forecast_is_json_and_readable(measured: Measured | None):
         assert {"memory", "compute", "time", "storage", "warnings"} <= rows.keys()
         assert "None" not in "".join(rows.values()) and "inf" not in "".join(rows.values())
         assert "never" in rows.get("productive", "never")
+
+
+def test_dry_run_loads_nothing_heavy(tmp_path: Path):
+    command = [sys.executable, "-X", "importtime", "-m", "launchers.submit", "--phase", "medium", "--cluster", "local"]
+    done = subprocess.run(
+        [*command, "--config", str(MICRO), "--dry-run", "--json", "--run-dir", str(tmp_path / "run")],
+        capture_output=True, text=True, cwd=REPOSITORY, check=True,
+    )  # fmt: skip
+    assert [plan["phase"] for plan in json.loads(done.stdout)] == ["sanity_check", "validation", "medium"]
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if "|" in line}
+    assert "launchers.forecast" in loaded
+    assert not {"torch", "transformers", "datasets", "wandb", "accelerate", "deepspeed"} & loaded
