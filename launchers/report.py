@@ -8,17 +8,13 @@ import time
 from pathlib import Path
 
 from encdec.command_line import Help, Parser, exit_code_of
-from encdec.errors import ConfigError
-from encdec.files import atomic_write_text
 from launchers.names import add_run, find_run
 from launchers.run_directory import usable
 from launchers.views.account import show
-from launchers.views.page import render
+from launchers.views.page import render, require_page, write_page
 from launchers.views.progress import make_console
 from launchers.views.retrospect import as_json, look_back
 from launchers.views.show import make_printable
-
-SUFFIXES = (".html", ".htm")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -52,37 +48,13 @@ def report(arguments: argparse.Namespace) -> int:
     with usable(paths):
         found = look_back(paths, now=now)
     if arguments.html is not None:
-        write(arguments.html, render(found, now=now))
+        write_page(arguments.html, page := render(found, now=now))
+        make_console().print(f"wrote {arguments.html}, {len(page) / 1000:,.0f} kB")
     elif arguments.json:
         print(as_json(found))
     else:
         show(found)
     return 0
-
-
-def require_page(file: Path) -> None:
-    """A slip must not replace a file of another kind.
-
-    Raises:
-        ConfigError: its name is not that of a page.
-    """
-    if file.suffix.lower() not in SUFFIXES:
-        raise ConfigError(f"A page's name ends in {' or '.join(SUFFIXES)}", found=str(file), remedy="Name it so")
-
-
-def write(file: Path, page: str) -> None:
-    """Whole or not at all, for its user alone.
-
-    Raises:
-        ConfigError: it cannot be written.
-    """
-    try:
-        atomic_write_text(file, page)
-    except OSError as error:
-        raise ConfigError(
-            "A page goes where it can be written", found=f"{file} ({error.strerror})", remedy="Give another --html FILE"
-        ) from None
-    make_console().print(f"wrote {file}, {len(page) / 1000:,.0f} kB")
 
 
 if __name__ == "__main__":

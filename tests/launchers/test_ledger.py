@@ -17,8 +17,9 @@ from encdec.reliability import expected_ettr, share_of_jobs
 from encdec.training.execution import StartingPoint, TrainingPhase
 from encdec.training.promotion import GateFile
 from encdec.training.run_config import read_run_config
+from launchers.accounting import account
 from launchers.goodput import measure, predict
-from launchers.ledger import GROUPS, Ledger, Part, account
+from launchers.ledger import GROUPS, Ledger, Part
 from launchers.run_story import COLUMNS, AttemptStory, Mark, RunStory, Save, read_story
 from tests.launchers.conftest import Story
 from tests.launchers.scripted_run import ZERO, ScriptedRun
@@ -190,6 +191,38 @@ def test_node_that_was_cut_off_takes_no_time_of_the_next_attempt(script: Scripte
     ledger = ledger_of(script.paths)
     assert told(ledger) == {Part.START_UP: 20, Part.LOST: 30, Part.TRAINING: 10}
     assert ledger.wall == pytest.approx(60)
+
+
+def test_evaluation_is_the_start_s_that_did_it(script: ScriptedRun):
+    """The step that was evaluated after the restart had been the last one before it, too."""
+    script.submitted(0)
+    script.attempt(0)
+    script.start(ready=0, met=0, imports=0, text=0, ranks=0, loaded=0)
+    script.steps(range(1, 11), since=0)
+    script.rank_died(seen=30, again=30)
+    script.start(ready=None, met=30, imports=30, text=30, ranks=30, loaded=30)
+    script.steps(range(10, 21), since=30)
+    script.rank("evaluated", 46, step=20)
+    script.checkpoint(20)
+    script.ended("complete", 47, step=20)
+    assert told(ledger_of(script.paths)) == {
+        Part.TRAINING: 20, Part.EVALUATION: 5, Part.LOST: 1 + 1, Part.DOWN: 19, Part.CLOSING: 1,
+    }  # fmt: skip
+
+
+def test_ranks_that_another_launcher_starts_again(script: ScriptedRun):
+    """torchrun's ranks claim an attempt at each start, and count restarts through."""
+    script.attempt(0)
+    script.steps(range(1, 11), since=10)
+    script.attempt(30)
+    script.restart = 1
+    script.rank("start_up", 40, done="load", restart=1)
+    script.steps(range(1, 21), since=40)
+    script.checkpoint(20)
+    script.ended("complete", 60, step=20)
+    ledger = ledger_of(script.paths)
+    assert [each.cause for each in ledger.interruptions] == ["killed"]
+    assert (ledger.steps, ledger.lost_steps) == (20, 10)
 
 
 def test_hang_is_time_down_beyond_one_step(script: ScriptedRun):
