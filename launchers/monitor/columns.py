@@ -94,7 +94,7 @@ def details_text(sight: Sight, now: float, width: int, chosen: Container[str] | 
         if chosen is not None and name not in chosen:
             continue
         danger = name == "alerts" and words.alarm(sight, now)
-        line = Text(f"{name:<8} ", style="bold")
+        line = Text().append(f"{name:<8} ", style="bold")
         line.append(said, style="bold red" if danger else style_of(sight) if name == "state" else "none")
         lines.append(line)
     return Text("\n", no_wrap=True, overflow="ellipsis").join(lines)

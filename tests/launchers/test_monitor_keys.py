@@ -175,7 +175,7 @@ def test_what_cannot_be_done_is_told(runs: Path, play: Play):
     story.end("stop_requested", 75)
 
     async def act(pilot: Pilot[None], app: Monitor) -> None:
-        for key, told in (("s", "ended"), ("r", "requeued"), ("c", "nothing")):
+        for key, told in (("s", "trains"), ("r", "requeued"), ("c", "live:")):
             await pilot.press(key)
             await sees(pilot, app, "medium-[red]1?")
             await pilot.press("y")
