@@ -53,7 +53,7 @@ COLUMNS: Sequence[Column] = (
     Column(name="try", width=3, rank=2, side="right", text=lambda sight, now: attempts_of(sight)),
     Column(name="last end", width=12, rank=3, text=lambda sight, now: words.end_words(sight)),
     Column(name="step", width=13, rank=0, side="right", text=lambda sight, now: words.step_words(sight)),
-    Column(name="left", width=6, rank=0, side="right", text=lambda sight, now: words.time_left(sight)),
+    Column(name="left", width=6, rank=0, side="right", text=words.time_left),
     Column(name="loss", width=6, rank=0, side="right", text=lambda sight, now: words.loss_words(sight)),
     Column(name="", width=SPARKS, rank=0, text=lambda sight, now: sparkline(sight.vitals.losses, SPARKS)),
     Column(

@@ -218,6 +218,24 @@ def test_names_are_no_markup_and_obey_no_terminal(runs: Path):
     drive(runs, Listing({}, None), act)
 
 
+def test_view_that_cannot_go_on_does_not_stand_still(runs: Path, monkeypatch: pytest.MonkeyPatch):
+    observatory = observe(runs, Listing({}, None))
+
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(observatory, "look", fail)
+
+    async def session() -> None:
+        app, deadline = Monitor(observatory), time.monotonic() + SECONDS_OF_PATIENCE
+        async with app.run_test() as pilot:
+            while app.is_running and time.monotonic() < deadline:
+                await pilot.pause(0.02)
+
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(session())
+
+
 @pytest.mark.parametrize(("now", "by", "then"), [(0, 1, 2), (2, 1, 5), (5, 1, 5), (0, -1, 0), (3, -1, 2), (3, 1, 5)])
 def test_neighbours(now: int, by: int, then: int):
     assert neighbour([0, 2, 5], now, by) == then
