@@ -29,9 +29,10 @@ test: slurm-packages browser check
 	@# two at a time: the tests on a real Slurm wait for its clocks half of their time
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-# Debian's Slurm for the tests on a real cluster; without root they skip and say so
+# Debian's Slurm for the tests on a real cluster, tmux for those in a real terminal; without root they skip and say so
 slurm-packages: install
 	@missing=$$($(BIN)/python -c 'from launchers.sandbox.preflight import missing_packages as m; print(*m())'); \
+	command -v tmux >/dev/null || missing="$$missing tmux"; \
 	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $$missing; \
 	fi

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable
 from typing import TypeVar
@@ -17,13 +18,22 @@ def in_background(
 ) -> None:
     """Run ``work`` in a thread, and ``then`` with what it returned on the screen's own, if that is still there.
 
+    An error of either ends the application with its traceback: a view that stood still would be taken for the truth.
+
     Args:
         must_end: whether the program waits for it at its end.
     """
 
     def run() -> None:
-        value = work()
+        try:
+            finish = functools.partial(then, work())
+        except Exception as error:
+            finish = functools.partial(throw, error)
         with contextlib.suppress(RuntimeError):  # the screen has been closed meanwhile
-            app.call_from_thread(then, value)
+            app.call_from_thread(app.call_later, finish)
 
     threading.Thread(target=run, daemon=not must_end).start()
+
+
+def throw(error: Exception) -> None:
+    raise error

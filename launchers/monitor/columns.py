@@ -53,7 +53,7 @@ COLUMNS: Sequence[Column] = (
     Column(name="try", width=3, rank=2, side="right", text=lambda sight, now: attempts_of(sight)),
     Column(name="last end", width=12, rank=3, text=lambda sight, now: words.end_words(sight)),
     Column(name="step", width=13, rank=0, side="right", text=lambda sight, now: words.step_words(sight)),
-    Column(name="left", width=6, rank=0, side="right", text=lambda sight, now: words.time_left(sight)),
+    Column(name="left", width=6, rank=0, side="right", text=words.time_left),
     Column(name="loss", width=6, rank=0, side="right", text=lambda sight, now: words.loss_words(sight)),
     Column(name="", width=SPARKS, rank=0, text=lambda sight, now: sparkline(sight.vitals.losses, SPARKS)),
     Column(
@@ -94,7 +94,7 @@ def details_text(sight: Sight, now: float, width: int, chosen: Container[str] | 
         if chosen is not None and name not in chosen:
             continue
         danger = name == "alerts" and words.alarm(sight, now)
-        line = Text(f"{name:<8} ", style="bold")
+        line = Text().append(f"{name:<8} ", style="bold")
         line.append(said, style="bold red" if danger else style_of(sight) if name == "state" else "none")
         lines.append(line)
     return Text("\n", no_wrap=True, overflow="ellipsis").join(lines)

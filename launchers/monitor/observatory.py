@@ -135,7 +135,7 @@ class Observatory:
         """Read what is new in the run directories; asks nobody."""
         try:
             runs, trouble = self._find(), None
-        except EncdecError as error:
+        except (EncdecError, OSError) as error:
             runs, trouble = (), str(error)
         known = {paths: self._known.get(paths) or (Memory(), Pulse(paths)) for paths in runs}
         self._known = known  # those that are gone are forgotten

@@ -65,7 +65,10 @@ def loss_words(sight: Sight) -> str:
     return NOTHING if loss is None else f"{loss:.3f}" if loss < 100 else f"{loss:.3g}"
 
 
-def time_left(sight: Sight) -> str:
+def time_left(sight: Sight, now: float) -> str:
+    """Until the last step; of a run that does none there is nothing to be said."""
+    if sight.seconds_stuck(now) is not None:
+        return "stuck"
     return NOTHING if sight.seconds_left is None else age(sight.seconds_left)
 
 
@@ -151,7 +154,7 @@ def details(sight: Sight, now: float, *, width: int) -> list[tuple[str, str]]:
     lines = [
         ("state", view.standing.words),
         ("attempt", join([attempt_words(sight, now), ended + why])),
-        ("phase", join([f"{records.phase}, gate {gate}", f"step {step_words(sight)}", eta_words(sight)])),
+        ("phase", join([f"{records.phase}, gate {gate}", f"step {step_words(sight)}", eta_words(sight, now)])),
         (
             "loss",
             f"{loss_words(sight)} {sparkline(vitals.losses, spark_width(width))} {optimizer_words(sight)}",
@@ -183,8 +186,9 @@ def attempt_words(sight: Sight, now: float) -> str:
     return f"{newest.number} {' '.join(where)}{began}{restarts}"
 
 
-def eta_words(sight: Sight) -> str:
-    return f"{time_left(sight)} left" if sight.seconds_left is not None else ""
+def eta_words(sight: Sight, now: float) -> str:
+    stuck = sight.seconds_stuck(now) is not None
+    return "stuck" if stuck else f"{time_left(sight, now)} left" if sight.seconds_left is not None else ""
 
 
 def optimizer_words(sight: Sight) -> str:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 
 Value = TypeVar("Value")
 Signature = tuple[int, int, int] | None
-"""Inode, size in bytes, time of modification in nanoseconds; None: no such file."""
+"""Inode, size in bytes, time of modification in nanoseconds; None: nothing to be seen."""
 
 
 class GrowingFile:
@@ -120,9 +120,9 @@ class Memory:
 
 
 def signature(path: Path) -> Signature:
-    """What tells one state of a file from another."""
+    """What tells one state of a file from another; None of one that is not there, or that we may not see."""
     try:
         there = os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError:
         return None
     return there.st_ino, there.st_size, there.st_mtime_ns

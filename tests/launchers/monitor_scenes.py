@@ -73,6 +73,7 @@ def on_slurm(root: Path, name: str, job: str) -> Story:
     story.job(job)
     story.runs_in(job)
     story.attempt(job, host="n1")
+    beat(story, 3.5)
     return story
 
 
@@ -132,6 +133,7 @@ def failed_gate(root: Path) -> Listing:
     beat(on, 4.5)
     story = on_slurm(root, "validation-0f3b2a11", "30")
     steps(story, 1, 60, ended=300.5)
+    beat(story, 280.5, 281.5)
     saved(story, 60, 290.5)
     evidence = [
         gate.judge({gate.metric_name: Measurement(1203.4, "the last evaluation, step 60")})

@@ -10,7 +10,7 @@ from datetime import datetime
 import pytest
 
 from encdec.files import RunPaths, atomic_write_json
-from encdec.records import ContinuationRecord, JobRecord, JsonLinesWriter, Outcome
+from encdec.records import ContinuationRecord, JobRecord, JsonLinesWriter, Outcome, RankResult
 from launchers import slurm
 from launchers.jobs import jobs_of, live_job
 from launchers.launch_options import (
@@ -23,7 +23,7 @@ from launchers.launch_options import (
 )
 from launchers.nodes.allocation import Allocation
 from launchers.nodes.continuation import Continuation, Deadline
-from launchers.nodes.outcomes import Move, next_move, node_to_blame
+from launchers.nodes.outcomes import DEADLINE, AttemptFacts, Move, judge, next_move, node_to_blame
 from launchers.slurm import Ending
 from tests.launchers.conftest import UNREACHABLE, Play
 
@@ -86,6 +86,20 @@ def test_node_to_blame(deaths: list[tuple[int, float, int]], guilty: int | None)
 def test_next_move(cause: str, stop_signal: str | None, ending: Ending, move: Move):
     outcome = Outcome(cause=cause, exit_code=75, step=1, checkpoint=None, message="")
     assert next_move(outcome, stop_signal, ending) is move
+
+
+@pytest.mark.parametrize(
+    ("stop_signal", "told"),
+    [("SIGINT", "SIGINT"), (DEADLINE, "the time limit"), ("SIGUSR2", "SIGUSR2"), (None, "SIGUSR2")],
+)
+def test_outcome_names_the_signal_that_the_agent_got(stop_signal: str | None, told: str):
+    """Ranks are told of any by SIGUSR2."""
+    result = RankResult(
+        cause="signalled", step=9, checkpoint="step-9", checkpoint_verified=True, first_loss=7.0, last_loss=6.0,
+        message="stopped by SIGUSR2 after step 9",
+    )  # fmt: skip
+    outcome = judge(AttemptFacts(result=result, refusal=None, stop_signal=stop_signal))
+    assert outcome.message == f"stopped by {told} after step 9"
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from encdec.errors import ConfigError
 from encdec.files import RunPaths
-from encdec.records import read_json_lines
+from encdec.records import Outcome, read_json_lines, read_record
 from launchers import cancel, requeue
+from launchers.control import save
 from launchers.run_directory import note
 from launchers.status import main as status
 from tests.conftest import Lab, agent_of, losses, ranks_of, wait_for_step
@@ -157,6 +159,7 @@ def test_local_run_saves_and_continues(lab: Lab, capfd):
     assert cancel.main([str(run_dir)]) == 0
     assert "finishes its step, saves and ends" in capfd.readouterr().out
     assert process.wait(60) == 75
+    assert read_record(paths.attempt(0).outcome, Outcome).message.startswith("stopped by SIGTERM")
     assert status([str(run_dir)]) == 0
     words = capfd.readouterr().out
     assert "cancelled by user" in words and "next: cd " in words and "-m launchers.submit --phase" in words
@@ -191,6 +194,31 @@ def test_run_of_another_user(story: Story, runs: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("os.kill", forbidden)
     assert run(cancel, runs, "medium") == 1
     assert "attempt 0 of another user" in capsys.readouterr().err
+
+
+# ---- save
+
+
+def test_run_that_lives_is_asked_to_save(running: Story, slurm: Play):
+    assert save(running.paths) == "attempt 0 saves at its next step boundary and goes on"
+    assert running.paths.save_request.exists()
+    assert [record["event"] for record in read_json_lines(running.paths.events)] == ["save_asked"]
+    assert not slurm.calls("squeue")
+
+
+def test_run_that_cannot_see_the_request_is_told_so(story: Story, slurm: Play):
+    with pytest.raises(ConfigError, match="not begun"):
+        save(story.paths)
+    story.attempt("12")
+    for sign in (story.newest.heartbeat(0), story.newest.process):
+        os.utime(sign, (1000, 1000))
+    with pytest.raises(ConfigError, match="attempt 0, not heard of for"):
+        save(story.paths)
+    story.newest.heartbeat(0).touch()
+    story.end("stop_requested", 75)
+    with pytest.raises(ConfigError, match="attempt 0, which has ended"):
+        save(story.paths)
+    assert not story.paths.save_request.exists()
 
 
 # ---- requeue

@@ -175,7 +175,7 @@ def test_what_cannot_be_done_is_told(runs: Path, play: Play):
     story.end("stop_requested", 75)
 
     async def act(pilot: Pilot[None], app: Monitor) -> None:
-        for key, told in (("s", "ended"), ("r", "requeued"), ("c", "nothing")):
+        for key, told in (("s", "trains"), ("r", "requeued"), ("c", "live:")):
             await pilot.press(key)
             await sees(pilot, app, "medium-[red]1?")
             await pilot.press("y")
@@ -216,6 +216,24 @@ def test_names_are_no_markup_and_obey_no_terminal(runs: Path):
         await sees(pilot, app, "[bold]x y", "events")
 
     drive(runs, Listing({}, None), act)
+
+
+def test_view_that_cannot_go_on_does_not_stand_still(runs: Path, monkeypatch: pytest.MonkeyPatch):
+    observatory = observe(runs, Listing({}, None))
+
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(observatory, "look", fail)
+
+    async def session() -> None:
+        app, deadline = Monitor(observatory), time.monotonic() + SECONDS_OF_PATIENCE
+        async with app.run_test() as pilot:
+            while app.is_running and time.monotonic() < deadline:
+                await pilot.pause(0.02)
+
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(session())
 
 
 @pytest.mark.parametrize(("now", "by", "then"), [(0, 1, 2), (2, 1, 5), (5, 1, 5), (0, -1, 0), (3, -1, 2), (3, 1, 5)])

@@ -12,7 +12,7 @@ import pytest
 
 from encdec.errors import ConfigError, RunDirectoryError
 from encdec.files import RunPaths
-from encdec.records import read_ends
+from encdec.records import JsonLinesWriter, event, read_ends
 from launchers import slurm
 from launchers.names import find_run
 from launchers.run_directory import note
@@ -199,6 +199,28 @@ def test_one_run_tells_its_attempts(story: Story, runs: Path, play: Play, capsys
     assert first.split()[:6] == ["0", "12", "n1", "signalled", "1-9", "0"]
     assert first.endswith("  successor 13 queued; job 12 requeued; successor 13 cancelled")
     assert second.split() == ["1", "12", "n1", "not", "yet", "10-12", "0"]
+
+
+def test_alerts_and_roll_backs_are_told(story: Story, runs: Path, play: Play, capsys):
+    story.attempt(steps=range(1, 30))
+    said = {"type": "loss_spike", "value": 9.0, "threshold": 2.0, "message": "loss 9 is 3 times the mean"}
+    ranks = story.newest.events("rank-0")
+    with JsonLinesWriter(ranks) as ledger:
+        for step, occurrences in ((12, 1), (20, 9), (25, 1)):  # eight are held back; then the ranks began again
+            ledger.write(event("alert", step=step, occurrences=occurrences, **said))
+        ledger.write(event("rolled_back", from_step=25, to_step=20, cause="loss_spike"))
+        ledger.write(event("alert", type="nan"))  # of another version: without a message
+    story.end("stop_requested", 75)
+    assert main(["--root", str(runs)]) == 0
+    assert "10 loss_spike, 1 nan, rolled back 1x" in capsys.readouterr().out
+    assert main(["medium", "--root", str(runs)]) == 0
+    shown = capsys.readouterr().out
+    assert "step 25, loss_spike: loss 9 is 3 times the mean" in shown
+    assert "step 25, rolled_back: from step 25 to step 20: loss_spike" in shown
+    assert main(["--root", str(runs), "--json"]) == 0
+    [run] = json.loads(capsys.readouterr().out)["runs"]
+    assert run["attempts"][0]["alerts"] == {"loss_spike": 10, "nan": 1}
+    assert run["attempts"][0]["rollbacks"] == 1 and len(run["attempts"][0]["newest_troubles"]) == 5
 
 
 def test_nothing_there(tmp_path: Path, capsys):
