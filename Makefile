@@ -4,10 +4,11 @@
 # make prove-checkpoints   the slow proof: 500 kills of each engine, no checkpoint lost (forty minutes)
 # make prove-corruption    the slow proof: 10,000 damages of each engine's, each found, named and passed over (some minutes)
 # make prove-timeouts      the slow proof: four runs on a real Slurm through 200 time-outs (root; three quarters of an hour)
+# make prove-inertness     the slow proof: 100,000 cases of shell metacharacters in what users control (an hour)
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test slurm-packages browser check format clean prove-checkpoints prove-corruption prove-timeouts
+.PHONY: install demo test slurm-packages browser check format clean prove-inertness prove-checkpoints prove-corruption prove-timeouts
 
 install: .venv/installed
 
@@ -53,6 +54,9 @@ prove-corruption: install
 
 prove-timeouts: slurm-packages
 	$(BIN)/python -m benchmarks.timeouts --continuations 200 --early $(or $(EARLY),60)
+
+prove-inertness: install
+	$(BIN)/python -m benchmarks.inertness --cases $(or $(CASES),100000)
 
 check: install
 	$(BIN)/ruff check .

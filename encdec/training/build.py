@@ -40,6 +40,7 @@ from encdec.training.run_config import RunConfig
 from encdec.training.saving import averaged, averaged_from, kept_for_roll_back
 from encdec.training.signals import Requests
 from encdec.training.tracking.observer import TrackerObserver
+from encdec.training.tracking.speed import step_seconds_at_peak
 from encdec.training.trainer import Qwen3EncoderDecoderTrainer
 from encdec.weight_initialization import allocate, build_from_pretrained, build_from_scratch
 
@@ -213,7 +214,7 @@ def build_trainer(
         gates=judged.levels,
         custom_gates=judged.custom,
         requests=requests,
-        observers=observers(run, paths, attempt, len(dataset)) if rank == 0 else (),
+        observers=observers(run, paths, attempt, len(dataset), device) if rank == 0 else (),
         attempt=attempt,
         restart=restart,
     )
@@ -285,19 +286,28 @@ def evaluation_batches(
     )
 
 
-def observers(run: RunConfig, paths: RunPaths, attempt: int, samples_per_epoch: int) -> list[Observer]:
-    """Who is told about the steps: the records always, trackers and people as configured."""
+def observers(
+    run: RunConfig, paths: RunPaths, attempt: int, samples_per_epoch: int, device: torch.device | None = None
+) -> list[Observer]:
+    """Who is told about the steps: the records always, trackers and people as configured.
+
+    Args:
+        samples_per_epoch: in the training split.
+        device: rank 0's.
+    """
     files = paths.attempt(attempt)
     infra, training = run.config.infra, run.config.training
     told: list[Observer] = [
         Records(files.steps, files.events("rank-0")),
         TextLog(run.num_train_steps, training.logging_steps),
     ]
+    device_name = torch.cuda.get_device_name(device) if device and device.type == "cuda" else ""
     for tracker in dict.fromkeys(training.report_to):
         told.append(
             TrackerObserver.of_run(
                 tracker, paths, logging_steps=training.logging_steps, total_steps=run.num_train_steps,
                 samples_per_epoch=samples_per_epoch,
+                step_seconds_at_peak=step_seconds_at_peak(run, distributed.world_size(), device_name),
             )
         )  # fmt: skip
     if wants_notifications(infra.notify_env, infra.notify_file):

@@ -181,9 +181,9 @@ class TrainingConfig(Section):
     eval_generations: PositiveInt = 64
     """Held-out samples for which something is generated, where a gate at the end of a phase asks for it."""
     logging_steps: PositiveInt = 10
-    """Steps between lines of the text log. Step records are written at every step."""
+    """Steps between lines of the text log and points of the trackers. Step records are written at every step."""
     report_to: list[Literal["wandb", "tensorboard"]] = ["wandb", "tensorboard"]
-    """Trackers."""
+    """Trackers; each is told by a process of its own, and one that fails is a warning."""
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 42
     """Seed of initial weights, order of samples and corruption."""
     early_stopping_enabled: bool = True

@@ -54,13 +54,22 @@ class TrackerObserver(Observer):
         logging_steps: steps between points.
         total_steps: the last step, told in any case.
         samples_per_epoch: in the training split.
+        step_seconds_at_peak: of a step at the GPUs' peak, for the model FLOPs utilization; None: it is not known.
     """
 
     def __init__(
-        self, name: str, command: Sequence[str], *, logging_steps: int, total_steps: int, samples_per_epoch: int
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        logging_steps: int,
+        total_steps: int,
+        samples_per_epoch: int,
+        step_seconds_at_peak: float | None = None,
     ) -> None:
         self._name, self._command = name, list(command)
         self._every, self._total, self._samples = logging_steps, total_steps, samples_per_epoch
+        self._at_peak = step_seconds_at_peak
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe = -1
         self._lost = False
@@ -70,14 +79,9 @@ class TrackerObserver(Observer):
         self._early: list[Mapping[str, Any]] = []
 
     @classmethod
-    def of_run(
-        cls, name: str, paths: RunPaths, *, logging_steps: int, total_steps: int, samples_per_epoch: int
-    ) -> TrackerObserver:
-        """For the run in a run directory, ``name`` as in ``training.report_to``."""
-        command = [sys.executable, "-m", "encdec.training.tracking", name, str(paths.root)]
-        return cls(
-            name, command, logging_steps=logging_steps, total_steps=total_steps, samples_per_epoch=samples_per_epoch
-        )
+    def of_run(cls, name: str, paths: RunPaths, **settings: Any) -> TrackerObserver:
+        """For the run in a run directory, ``name`` as in ``training.report_to``; ``settings`` as of the class."""
+        return cls(name, [sys.executable, "-m", "encdec.training.tracking", name, str(paths.root)], **settings)
 
     # ---- what is told
 
@@ -87,7 +91,8 @@ class TrackerObserver(Observer):
         if first:
             self._begin(step)
         if first or step % self._every == 0 or step == self._total:
-            self._send({"step": step, "scalars": scalars(record, moving_loss, record.samples_consumed / self._samples)})
+            values = scalars(record, moving_loss, record.samples_consumed / self._samples, self._at_peak)
+            self._send({"step": step, "scalars": values})
 
     def on_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         self._send({"step": step, "scalars": {f"eval/{name}": value for name, value in metrics.items()}})
@@ -197,8 +202,11 @@ def _signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def scalars(record: StepRecord, moving_loss: float, epoch: float) -> dict[str, float]:
-    """A step record under the names that trackers show."""
+def scalars(
+    record: StepRecord, moving_loss: float, epoch: float, step_seconds_at_peak: float | None
+) -> dict[str, float]:
+    """A step record under the names that trackers show; what is no number, or not known, is left out."""
+    seconds = record.step_seconds or math.nan
     values = {
         "train/loss": record.loss,
         "train/loss_50_step_mean": moving_loss,
@@ -207,7 +215,8 @@ def scalars(record: StepRecord, moving_loss: float, epoch: float) -> dict[str, f
         "train/tokens_seen": record.tokens_seen,
         "train/epoch": epoch,
         "throughput/tokens_per_second": record.tokens_per_second,
-        "throughput/data_wait_share": record.data_seconds / record.step_seconds if record.step_seconds else 0.0,
+        "throughput/data_wait_share": record.data_seconds / seconds,
+        "throughput/mfu": math.nan if step_seconds_at_peak is None else step_seconds_at_peak / seconds,
         "memory/gb": record.memory_gb,
     }
     return {name: value for name, value in values.items() if math.isfinite(value)}

@@ -155,7 +155,7 @@ def trainer_of(run: RunConfig, made: Made, paths: RunPaths) -> Qwen3EncoderDecod
     trainer = Qwen3EncoderDecoderTrainer(
         build_model(run.config, tokenizer), tokenizer, run.config, loader,
         checkpoints=CheckpointManager(paths.checkpoints), sample_length=run.sample_length,
-        total_steps=run.num_train_steps, warmup_steps=run.warmup_steps, observers=observers(run, paths, 0),
+        total_steps=run.num_train_steps, warmup_steps=run.warmup_steps, observers=observers(run, paths, 0, 64),
     )  # fmt: skip
     trainer.observers.append(Watch.from_config(run.config.training, trainer.schedule, trainer.observers))
     return trainer

@@ -19,6 +19,7 @@ from encdec.records import StepRecord, read_steps
 from encdec.training.run_config import resolve_run
 from encdec.training.tracking.backends import LONGEST_RUN_ID, kept_run_id
 from encdec.training.tracking.observer import SECONDS_TO_FLUSH_HURRIED, TrackerObserver
+from encdec.training.tracking.speed import step_seconds_at_peak
 from encdec.training.tracking.wandb_files import BLOCK, last_step
 from tests.conftest import MICRO, REPOSITORY, Lab, losses, wait_for_step, wait_until
 from tests.encdec.training.tracker_lab import (
@@ -134,6 +135,18 @@ def test_points_are_every_logging_step_the_first_and_the_last(paths: RunPaths):
     assert tensorboard_curve(folder, "eval/loss") == [(12, 1.5)]
     assert tensorboard_curve(folder, "train/epoch")[-1] == (12, 1.5)
     assert tensorboard_curve(folder, "throughput/data_wait_share")[-1] == (12, 0.5)
+
+
+def test_utilization_is_told_where_the_gpu_is_known(paths: RunPaths):
+    run = resolve_run(None, config_file=MICRO)
+    at_peak = step_seconds_at_peak(run, 8, "NVIDIA H100 80GB HBM3")
+    assert at_peak is not None
+    assert step_seconds_at_peak(run, 4, "NVIDIA H100 80GB HBM3") == pytest.approx(2 * at_peak)
+    assert step_seconds_at_peak(run, 8, "") is None
+    observer = observer_of("tensorboard", paths, step_seconds_at_peak=0.2)
+    observer.on_step(record(1), 2.5)
+    observer.close()
+    assert tensorboard_curve(paths.root / "tensorboard", "throughput/mfu") == [(1, pytest.approx(0.4))]
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
