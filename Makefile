@@ -4,7 +4,7 @@
 # make prove-checkpoints   the slow proof: 500 kills of each engine, no checkpoint lost (forty minutes)
 # make prove-corruption    the slow proof: 10,000 damages of each engine's, each found, named and passed over (some minutes)
 # make prove-timeouts      the slow proof: four runs on a real Slurm through 200 time-outs (root; three quarters of an hour)
-# make prove-inertness     the slow proof: 100,000 cases of shell metacharacters in what users control (an hour)
+# make prove-inertness     the slow proof: 100,000 cases of shell metacharacters in what users control (20 minutes of CPU)
 PYTHON ?= python3
 BIN := .venv/bin
 
