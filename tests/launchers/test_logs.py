@@ -162,5 +162,5 @@ def test_ctrl_c_ends_following(story: Story, runs: Path, tmp_path: Path):
 
 
 def test_follow_of_an_ended_run_ends_at_once(twin: RunPaths, capsys):
-    assert main([str(twin.root), "--follow", "--lines", "1"]) == 0
-    assert "complete: all 60 steps done" in capsys.readouterr().out.splitlines()[-1]
+    assert main([str(twin.root), "--follow", "--lines", "3"]) == 0
+    assert "complete: all 60 steps done" in capsys.readouterr().out  # a busy machine may have added alerts after it
