@@ -54,7 +54,8 @@ def main(argv: list[str] | None = None) -> int:
 def monitor(arguments: argparse.Namespace) -> int:
     """A damaged run among many is a line that says so; a name that fits none is an error."""
     observatory = Observatory(finder(arguments), SlurmWatch(arguments.interval))
-    if arguments.json or arguments.once or not (sys.stdin.isatty() and sys.stdout.isatty()):
+    streams = (sys.stdin, sys.stdout, sys.stderr)  # the last is what the live view is drawn on
+    if arguments.json or arguments.once or not all(stream.isatty() for stream in streams):
         print_once(observatory, as_json=arguments.json)
         return 0
     open_live_view(observatory)

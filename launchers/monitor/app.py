@@ -60,7 +60,7 @@ class Monitor(App[None]):
     def __init__(self, observatory: Observatory, *, on_its_own: bool = True) -> None:
         super().__init__()
         self._observatory, self._on_its_own = observatory, on_its_own
-        self._looking = False
+        self._looking = self._leaving = False
         self._rows: dict[str, Text] = {}
         self._columns: columns.Fitting = ()
         self.board: Board | None = None
@@ -88,6 +88,8 @@ class Monitor(App[None]):
 
     def _looked(self, board: Board) -> None:
         self._looking = False
+        if self._leaving:
+            return
         self.show(board)
         in_background(self, self._observatory.ask_slurm, self._asked)
 
@@ -159,6 +161,10 @@ class Monitor(App[None]):
             shown.border_title = Text(words.printable(sight.view.name))
             shown.update(columns.details_text(sight, self.board.now, self.size.width))
 
+    async def action_quit(self) -> None:
+        self._leaving = True  # what is still being read finds no screen any more
+        await super().action_quit()
+
     # ---- choose and act
 
     def _chosen_key(self) -> str | None:
@@ -195,6 +201,8 @@ class Monitor(App[None]):
         return do
 
     def _said(self, said: Said) -> None:
+        if self._leaving:
+            return
         self.notify(
             words.printable(said.words),
             severity="information" if said.done else "error",

@@ -59,6 +59,8 @@ class RunScreen(Screen[None]):
         self._lines: deque[str] = deque(maxlen=MOST_LINES)
         self._pattern = ""
         self._looking = False
+        self._open = False
+        """Whether there is something to show it on: a board may come before or after."""
 
     def compose(self) -> ComposeResult:
         yield Static(id="details")
@@ -72,6 +74,7 @@ class RunScreen(Screen[None]):
         self.query_one("#error").display = False
         self.query_one("#filter").display = False
         self.query_one("#lines").focus()
+        self._open = True
         self.show(self._board)
 
     # ---- look
@@ -79,6 +82,8 @@ class RunScreen(Screen[None]):
     def show(self, board: Board) -> None:
         """Take up a board, and read on."""
         self._board = board
+        if not self._open:
+            return
         sight = self._sight()
         details = self.query_one("#details", Static)
         if sight is None:
@@ -100,7 +105,7 @@ class RunScreen(Screen[None]):
 
     def _looked(self, news: News) -> None:
         self._looking = False
-        if not self.is_mounted:
+        if not self._open:
             return
         if news.choice != self._choice:
             self.look()  # another choice was made meanwhile
@@ -159,6 +164,7 @@ class RunScreen(Screen[None]):
             self.look()
 
     def action_back(self) -> None:
+        self._open = False
         self.dismiss()
 
     def action_events(self) -> None:

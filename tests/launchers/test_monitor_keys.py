@@ -218,6 +218,24 @@ def test_names_are_no_markup_and_obey_no_terminal(runs: Path):
     drive(runs, Listing({}, None), act)
 
 
+def test_board_that_comes_while_a_run_opens_or_closes(failed: Story, runs: Path):
+    async def act(pilot: Pilot[None], app: Monitor) -> None:
+        assert app.board is not None
+        directory = app.board.sights[0].view.directory
+        for _ in range(3):
+            app.push_screen(RunScreen(directory, app.board))
+            app.show(app.board)  # before anything of the screen is there
+            await sees(pilot, app, "first error", "events")
+            screen = app.screen
+            assert isinstance(screen, RunScreen)
+            screen.look()
+            screen.action_back()
+            app.show(app.board)
+            await sees(pilot, app, "1 run ")
+
+    drive(runs, LISTING, act)
+
+
 def test_view_that_cannot_go_on_does_not_stand_still(runs: Path, monkeypatch: pytest.MonkeyPatch):
     observatory = observe(runs, Listing({}, None))
 

@@ -66,7 +66,8 @@ def test_person_looks_drills_down_and_cancels(lab: Lab, terminal: Terminal, tmp_
     other = Story(RunPaths(root / "ended-1")).begin()
     other.attempt(steps=range(1, 10))
     other.end("crash", 1)
-    lab.start_submit(live.root, "--set", "training.num_train_steps=100000", "--set", "training.save_steps=50000")
+    endless = ("training.num_train_steps=100000", "training.save_steps=50000", "training.early_stopping_enabled=false")
+    lab.start_submit(live.root, *[word for setting in endless for word in ("--set", setting)])
     wait_for_step(live, 5)
 
     words = [sys.executable, "-m", "launchers.monitor", "--root", str(root)]
