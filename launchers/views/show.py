@@ -112,7 +112,7 @@ def chain(root: Path, plans: Sequence[Plan], states: Sequence[str], *, asked: st
             }
         )
     )
-    for name in ("phase", "state", "steps", "tokens", "by", "time", "eval", "save", "falls by", "ends at"):
+    for name in ("phase", "state", "steps", "tokens", "by", "time", "eval", "save", "falls", "ends"):
         phases.add_column(name, justify="left" if name in ("phase", "state", "by") else "right", no_wrap=True)
     for plan, state in zip(plans, states, strict=True):
         phases.add_row(
