@@ -6,7 +6,6 @@ answer leaves None: then nothing is refused for it here, and sbatch itself has t
 
 from __future__ import annotations
 
-import getpass
 import os
 import re
 import subprocess
@@ -206,11 +205,6 @@ def ask_start(script: str) -> StartTest:
     if "contact" in said.lower() or "timed out" in said.lower():
         return StartTest(None, None)
     return StartTest(None, refusal(said.replace("allocation failure: ", "")))
-
-
-def account_of(flags: Mapping[str, str | bool]) -> str:
-    """The account that a job asks for, or whose it is."""
-    return str(flags.get("account") or f"{getpass.getuser()}'s own")
 
 
 def _seconds(text: str) -> float | None:

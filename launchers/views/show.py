@@ -112,8 +112,8 @@ def chain(root: Path, plans: Sequence[Plan], states: Sequence[str], *, asked: st
             }
         )
     )
-    for name in ("phase", "state", "steps", "tokens", "bound by", "time", "eval", "save", "falls by", "ends at"):
-        phases.add_column(name, justify="left" if name in ("phase", "state", "bound by") else "right", no_wrap=True)
+    for name in ("phase", "state", "steps", "tokens", "by", "time", "eval", "save", "falls", "ends"):
+        phases.add_column(name, justify="left" if name in ("phase", "state", "by") else "right", no_wrap=True)
     for plan, state in zip(plans, states, strict=True):
         phases.add_row(
             plan.phase, state, f"{plan.num_train_steps:,}", f"{plan.tokens:,}", plan.bound_by, forecast.how_long(plan),
