@@ -11,7 +11,8 @@ from encdec.command_line import Help, Parser, exit_code_of
 from launchers.names import add_run, find_run
 from launchers.run_directory import usable
 from launchers.views.account import show
-from launchers.views.page import render, require_page, write_page
+from launchers.views.page import render
+from launchers.views.page_file import require_page, write_page
 from launchers.views.progress import make_console
 from launchers.views.retrospect import as_json, look_back
 from launchers.views.show import make_printable

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from encdec.command_line import Help, Parser, exit_code_of
 from encdec.errors import ConfigError, MissingPrerequisite
 from encdec.files import RunPaths
 from launchers.monitor.observatory import SECONDS_BETWEEN_SQUEUES, Observatory, SlurmWatch
-from launchers.monitor.printed import print_once
+from launchers.monitor.printed import print_once, write_once
 from launchers.names import add_run, find_runs, runs_under
 from launchers.views import show
 
@@ -28,8 +29,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add_run(parser, nargs="*")
     parser.add_argument("--once", action="store_true", help="print the table and end, as without a terminal")
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON document (times in seconds since the epoch)"
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help="print one JSON document (times in seconds since the epoch)")
+    how.add_argument(
+        "--html", type=Path, metavar="FILE", help="write the table as one page that loads nothing, and end"
     )
     parser.add_argument(
         "--interval", type=float, default=SECONDS_BETWEEN_SQUEUES, metavar="SECONDS",
@@ -55,6 +58,9 @@ def monitor(arguments: argparse.Namespace) -> int:
     """A damaged run among many is a line that says so; a name that fits none is an error."""
     observatory = Observatory(finder(arguments), SlurmWatch(arguments.interval))
     streams = (sys.stdin, sys.stdout, sys.stderr)  # the last is what the live view is drawn on
+    if arguments.html:
+        write_once(observatory, arguments.html)
+        return 0
     if arguments.json or arguments.once or not all(stream.isatty() for stream in streams):
         print_once(observatory, as_json=arguments.json)
         return 0

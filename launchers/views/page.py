@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
-from encdec.errors import ConfigError
-from encdec.files import atomic_write_text
 from encdec.records import STEP_FIELDS
 from launchers.ledger import GROUPS, Part
 from launchers.views.account import WORDS
@@ -18,7 +15,6 @@ from launchers.views.retrospect import Retrospect
 from launchers.views.timeline import bars, percent, ticks
 from launchers.views.units import compact, duration, moment, share
 
-SUFFIXES = (".html", ".htm")
 MOST_ATTEMPTS = 40
 """Shown one by one, the newest; a page of thousands helps nobody."""
 MOST_ALERTS = 100
@@ -120,27 +116,3 @@ def last_of(found: Retrospect) -> dict[str, float] | None:
     if not len(counted["step"]):
         return None
     return {name: float(column[-1]) for name, column in counted.items() if name in STEP_FIELDS}
-
-
-def require_page(file: Path) -> None:
-    """A slip must not replace a file of another kind.
-
-    Raises:
-        ConfigError: its name is not that of a page.
-    """
-    if file.suffix.lower() not in SUFFIXES:
-        raise ConfigError(f"A page's name ends in {' or '.join(SUFFIXES)}", found=str(file), remedy="Name it so")
-
-
-def write_page(file: Path, page: str) -> None:
-    """Whole or not at all, for its user alone.
-
-    Raises:
-        ConfigError: it cannot be written.
-    """
-    try:
-        atomic_write_text(file, page)
-    except OSError as error:
-        raise ConfigError(
-            "A page goes where it can be written", found=f"{file} ({error.strerror})", remedy="Give another --html FILE"
-        ) from None

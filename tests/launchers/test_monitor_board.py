@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import html5lib
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -343,6 +345,26 @@ def test_neither_torch_nor_textual_is_loaded_for_scripts(tmp_path: Path):
 def test_controllers_are_spared(interval: str):
     with pytest.raises(ConfigError, match="--interval"):
         parse(["--interval", interval])
+
+
+def test_page_is_valid_private_and_loads_nothing(runs: Path, play: Play, tmp_path: Path):
+    SCENES["fifty-runs"](runs)
+    Story(RunPaths(runs / "<script>x&")).begin()
+    file = tmp_path / "runs.html"
+    assert main(["--root", str(runs), "--html", str(file)]) == 0
+    page = file.read_text()
+    tree = html5lib.HTMLParser(strict=True, namespaceHTMLElements=False).parse(page)
+    assert not {"script", "link", "img", "iframe"} & {element.tag for element in tree.iter()}
+    assert not re.search(r"url\(|@import|https?:|src=|href=", page)
+    text = "".join(tree.itertext())
+    assert all(paths.root.name in text for paths in runs_under(runs))
+    assert file.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("name", ["runs.json", "nowhere/runs.html"])
+def test_page_goes_where_a_page_may(name: str, runs: Path, tmp_path: Path, capsys):
+    assert main(["--root", str(runs), "--html", str(tmp_path / name)]) == 78
+    assert "page" in capsys.readouterr().err and list(tmp_path.glob("*.json")) == []
 
 
 def test_name_that_fits_no_run_is_refused(runs: Path, capsys):
