@@ -13,7 +13,7 @@ from encdec.training.promotion import read_gate
 from encdec.training.run_config import RunConfig
 from launchers.arguments import asked_run
 from launchers.chain_file import read_chain
-from launchers.plan import Plan, make_plan
+from launchers.planning.plan import Plan, make_plan
 from launchers.run_directory import ROOT, choose_directory
 from launchers.starting_point import require_steps_left, resume_word, starting_point
 

@@ -20,7 +20,7 @@ from encdec.training.config import NonNegativeFloat, PositiveFloat, Section
 from encdec.training.config_errors import explain
 from encdec.training.yaml_values import read_yaml
 from launchers.arguments import BUILT_IN_CLUSTERS, SLURM_TIME
-from launchers.forecast import EXPECTED_MFU
+from launchers.planning.forecast import EXPECTED_MFU
 
 FOLDERS = (Path("configs/clusters"), Path(launchers.__path__[0]).parent / "configs" / "clusters")
 """Where a NAME is looked for, in this order."""

@@ -14,8 +14,8 @@ from encdec.training.promotion import read_gate
 from encdec.training.run_config import RunConfig
 from launchers.chain import Asked, Link
 from launchers.cluster import require_devices, require_text
-from launchers.outlook import Prospect, foreseen
-from launchers.plan import Plan
+from launchers.planning.outlook import Prospect, foreseen
+from launchers.planning.plan import Plan
 from launchers.run_directory import make_or_find, note
 from launchers.run_status import read_status
 from launchers.script import require_plain_path

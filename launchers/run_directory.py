@@ -19,7 +19,7 @@ from encdec.errors import ConfigError, MissingPrerequisite, RunDirectoryError
 from encdec.files import ACCELERATE_CONFIGS, RunPaths, atomic_write_json, staged_directory
 from encdec.records import JsonLinesWriter, event, read_record
 from encdec.training.run_config import RunConfig, require_same_run
-from launchers.plan import Plan
+from launchers.planning.plan import Plan
 
 ROOT = Path("runs")
 SNAPSHOT = (encdec, launchers)

@@ -14,8 +14,8 @@ from encdec.files import MANIFEST
 from encdec.training.model_sizes import model_size
 from encdec.training.run_config import RunConfig
 from launchers.cluster import require_text
-from launchers.feasibility import ESTIMATE_AT_MOST_ABOVE, SAFE_PART
-from launchers.footprint import rank_memory
+from launchers.planning.feasibility import ESTIMATE_AT_MOST_ABOVE, SAFE_PART
+from launchers.planning.footprint import rank_memory
 from launchers.preflight import hub
 from launchers.preflight.check import Check
 from launchers.preflight.storage import damage

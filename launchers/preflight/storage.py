@@ -10,7 +10,7 @@ from typing import Any
 from encdec.files import RunPaths
 from encdec.training.model_sizes import model_size
 from encdec.training.run_config import RunConfig
-from launchers.footprint import average_bytes, most_checkpoints, most_files, packed_bytes
+from launchers.planning.footprint import average_bytes, most_checkpoints, most_files, packed_bytes
 from launchers.preflight.check import Check, amount
 
 

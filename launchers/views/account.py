@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from launchers.ledger import GROUPS, Part
+from launchers.bookkeeping.ledger import GROUPS, Part
 from launchers.views.progress import make_console
 from launchers.views.retrospect import Retrospect
 from launchers.views.tables import print_table

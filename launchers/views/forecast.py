@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from launchers.feasibility import clock
-from launchers.forecast import Forecast
-from launchers.plan import Plan
+from launchers.planning.feasibility import clock
+from launchers.planning.forecast import Forecast
+from launchers.planning.plan import Plan
 
 PARTS = ("parameters", "gradients", "optimizer", "gathered", "activations", "logits", "process", "heap", "saving")
 LEAST_GB = 0.0005

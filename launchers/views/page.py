@@ -8,7 +8,7 @@ import jinja2
 from markupsafe import Markup
 
 from encdec.records import STEP_FIELDS
-from launchers.ledger import GROUPS, Part
+from launchers.bookkeeping.ledger import GROUPS, Part
 from launchers.views.account import WORDS
 from launchers.views.charts import Note, chart
 from launchers.views.retrospect import Retrospect

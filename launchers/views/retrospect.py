@@ -13,10 +13,10 @@ import numpy as np
 from encdec.files import RunPaths
 from encdec.gates import Evidence
 from encdec.training.run_config import RunConfig, read_run_config
-from launchers.accounting import account, lost_steps
-from launchers.goodput import Circumstances, measure, predict
-from launchers.ledger import STARTING, Ledger, Part, sum_parts
-from launchers.run_story import AttemptStory, Event, RunStory, Steps, is_number, read_story
+from launchers.bookkeeping.accounting import account, lost_steps
+from launchers.bookkeeping.goodput import Circumstances, measure, predict
+from launchers.bookkeeping.ledger import STARTING, Ledger, Part, sum_parts
+from launchers.bookkeeping.run_story import AttemptStory, Event, RunStory, Steps, is_number, read_story
 from launchers.views.charts import Curve, Note
 from launchers.views.overview import RunRecords, RunView, look
 from launchers.views.standing import State

@@ -19,7 +19,7 @@ from encdec.errors import ExitCode
 from encdec.files import RunPaths
 from encdec.records import Outcome, read_record, read_steps
 from encdec.training.run_config import RunConfig, read_run_config
-from launchers.plan import Plan
+from launchers.planning.plan import Plan
 from launchers.run_directory import why_no_room
 from launchers.views import forecast
 from launchers.views.progress import make_console

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
 
-from launchers.ledger import GROUPS, Ledger, Part, Span
+from launchers.bookkeeping.ledger import GROUPS, Ledger, Part, Span
 from launchers.views.charts import round_step
 from launchers.views.units import LARGE, duration
 
@@ -20,7 +20,7 @@ class Bar:
     """One piece of a row."""
 
     group: str
-    """A key of launchers.ledger.GROUPS."""
+    """A key of launchers.bookkeeping.ledger.GROUPS."""
     left: float
     """Per cent of the wall time."""
     width: float

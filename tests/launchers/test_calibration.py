@@ -12,7 +12,7 @@ import pytest
 from encdec.errors import ConfigError
 from encdec.files import RunPaths, atomic_write_json
 from encdec.records import JsonLinesWriter, Outcome, ProcessRecord, read_json_lines, read_record
-from launchers.calibration import EarlierRuns, calibrate_from, earlier_runs, measure, read_plan
+from launchers.planning.calibration import EarlierRuns, calibrate_from, earlier_runs, measure, read_plan
 from launchers.submit import main
 from tests.conftest import MICRO
 from tests.launchers.conftest import step_record

@@ -10,7 +10,8 @@ import pytest
 from encdec.errors import ConfigError
 from encdec.training.execution import TrainingPhase
 from encdec.training.run_config import RunConfig, resolve_run
-from launchers.feasibility import (
+from launchers.launch_options import LaunchOptions
+from launchers.planning.feasibility import (
     Finding,
     bad_choices,
     clock,
@@ -18,10 +19,9 @@ from launchers.feasibility import (
     refused_by,
     require_feasible,
 )
-from launchers.forecast import Forecast, Place, foresee
-from launchers.launch_options import LaunchOptions
-from launchers.plan import Plan, make_plan, sharding_of
-from launchers.slurm_limits import Limits, Node, Partition, Qos
+from launchers.planning.forecast import Forecast, Place, foresee
+from launchers.planning.plan import Plan, make_plan, sharding_of
+from launchers.planning.slurm_limits import Limits, Node, Partition, Qos
 from tests.conftest import REPOSITORY
 
 DEFAULT = REPOSITORY / "configs" / "training_config.yaml"

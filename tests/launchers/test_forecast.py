@@ -15,9 +15,17 @@ import pytest
 from encdec.reliability import expected_ettr
 from encdec.training.execution import TrainingPhase
 from encdec.training.run_config import RunConfig, resolve_run
-from launchers.forecast import DETECTION_SECONDS, HOLD_OFF_SECONDS, Forecast, Measured, Place, foresee, to_mapping
 from launchers.launch_options import LaunchOptions
-from launchers.plan import make_plan, sharding_of
+from launchers.planning.forecast import (
+    DETECTION_SECONDS,
+    HOLD_OFF_SECONDS,
+    Forecast,
+    Measured,
+    Place,
+    foresee,
+    to_mapping,
+)
+from launchers.planning.plan import make_plan, sharding_of
 from launchers.views import forecast as view
 from tests.conftest import MICRO, REPOSITORY
 
@@ -154,5 +162,5 @@ def test_dry_run_loads_nothing_heavy(tmp_path: Path):
     )  # fmt: skip
     assert [plan["phase"] for plan in json.loads(done.stdout)] == ["sanity_check", "validation", "medium"]
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if "|" in line}
-    assert "launchers.forecast" in loaded
+    assert "launchers.planning.forecast" in loaded
     assert not {"torch", "transformers", "datasets", "wandb", "accelerate", "deepspeed"} & loaded

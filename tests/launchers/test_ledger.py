@@ -17,10 +17,10 @@ from encdec.reliability import expected_ettr, share_of_jobs
 from encdec.training.execution import StartingPoint, TrainingPhase
 from encdec.training.promotion import GateFile
 from encdec.training.run_config import read_run_config
-from launchers.accounting import account
-from launchers.goodput import measure, predict
-from launchers.ledger import GROUPS, Ledger, Part
-from launchers.run_story import COLUMNS, AttemptStory, Mark, RunStory, Save, read_story
+from launchers.bookkeeping.accounting import account
+from launchers.bookkeeping.goodput import measure, predict
+from launchers.bookkeeping.ledger import GROUPS, Ledger, Part
+from launchers.bookkeeping.run_story import COLUMNS, AttemptStory, Mark, RunStory, Save, read_story
 from tests.launchers.conftest import Story
 from tests.launchers.scripted_run import ZERO, ScriptedRun
 

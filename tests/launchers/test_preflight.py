@@ -17,7 +17,7 @@ import pytest
 from encdec.files import RunPaths
 from encdec.training.execution import TrainingPhase
 from encdec.training.run_config import RunConfig, resolve_run
-from launchers.footprint import most_checkpoints
+from launchers.planning.footprint import most_checkpoints
 from launchers.preflight import Check, checklist, failed, lines
 from launchers.preflight.check import amount
 from launchers.preflight.needs import check_configuration, check_memory, check_text, check_weights, device_memory_gb

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from launchers import slurm_limits
-from launchers.slurm_limits import ask_start, count_gpus, memory_bytes, parse_nodes, parse_partitions, parse_qos
-from launchers.slurm_limits import read_limits as read
+from launchers.planning import slurm_limits
+from launchers.planning.slurm_limits import (
+    ask_start,
+    count_gpus,
+    memory_bytes,
+    parse_nodes,
+    parse_partitions,
+    parse_qos,
+)
+from launchers.planning.slurm_limits import read_limits as read
 from tests.launchers.conftest import Play
 
 PARTITIONS = (

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from encdec.files import RunPaths
+from launchers.planning.slurm_limits import read_limits
 from launchers.sandbox.cluster import Sandbox
-from launchers.slurm_limits import read_limits
 from tests.slurm.conftest import Cluster
 
 pytestmark = pytest.mark.slurm

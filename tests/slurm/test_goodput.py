@@ -12,7 +12,7 @@ import pytest
 from encdec.files import RunPaths
 from encdec.records import read_json_lines
 from launchers import report
-from launchers.ledger import Part
+from launchers.bookkeeping.ledger import Part
 from launchers.slurm import END_STATES
 from launchers.views.retrospect import look_back
 from tests.conftest import wait_for_step, wait_until

@@ -18,7 +18,7 @@ from encdec.errors import ConfigError
 from encdec.files import AttemptPaths, RunPaths
 from encdec.records import is_step, read_ends, read_newest
 from launchers.chain_file import CHAIN_FILE, runs_of
-from launchers.forecast import Measured
+from launchers.planning.forecast import Measured
 
 NEWEST_RUNS = 50
 """Looked at, at most."""

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from encdec.errors import ConfigError
 from encdec.training.run_config import RunConfig
-from launchers.forecast import Forecast
 from launchers.launch_options import LaunchOptions, limit_seconds
-from launchers.plan import Plan
-from launchers.slurm_limits import Limits, Partition, memory_bytes
+from launchers.planning.forecast import Forecast
+from launchers.planning.plan import Plan
+from launchers.planning.slurm_limits import Limits, Partition, memory_bytes
 
 SAFE_PART = 0.9
 """Of a GPU's memory, that an estimate may take: communication and fragmentation take some, too."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from launchers.ledger import (
+from launchers.bookkeeping.ledger import (
     FAILED,
     FIRST_START,
     PLANNED,
@@ -20,7 +20,7 @@ from launchers.ledger import (
     Span,
     sum_parts,
 )
-from launchers.run_story import AttemptStory, RunStory
+from launchers.bookkeeping.run_story import AttemptStory, RunStory
 
 PART_OF_MARK: Mapping[str, Part] = {
     "launch": Part.LAUNCH, "imports": Part.IMPORTS, "rendezvous": Part.RENDEZVOUS, "load": Part.LOAD,

@@ -14,8 +14,8 @@ from encdec.flops import ACCELERATORS, training_flops_per_sample
 from encdec.reliability import expected_ettr, mean_time_to_interrupt, share_of_jobs
 from encdec.training.model_sizes import model_size
 from encdec.training.run_config import RunConfig
-from launchers.footprint import Storage, bytes_per_value, rank_memory, storage_of
 from launchers.launch_options import LaunchOptions
+from launchers.planning.footprint import Storage, bytes_per_value, rank_memory, storage_of
 
 HOUR = 3600.0
 EXPECTED_MFU = 0.4

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from encdec.training.run_config import RunConfig
-from launchers.forecast import Forecast, to_mapping
+from launchers.planning.forecast import Forecast, to_mapping
 
 
 @dataclass(frozen=True, kw_only=True)

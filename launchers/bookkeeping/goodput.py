@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from encdec.reliability import expected_ettr, share_of_jobs
-from launchers.ledger import PLANNED, STARTING, Ledger, Part, sum_parts
-from launchers.run_story import RunStory
+from launchers.bookkeeping.ledger import PLANNED, STARTING, Ledger, Part, sum_parts
+from launchers.bookkeeping.run_story import RunStory
 
 
 @dataclass(frozen=True, kw_only=True)

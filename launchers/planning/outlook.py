@@ -9,17 +9,17 @@ from dataclasses import dataclass, replace
 from encdec.files import RunPaths
 from encdec.flops import ACCELERATORS, accelerator_in
 from encdec.training.run_config import RunConfig
-from launchers.calibration import EarlierRuns, calibrate_from
 from launchers.cluster_file import ClusterFile
-from launchers.feasibility import Finding, bad_choices, job_limit_seconds, refused_by, require_feasible
-from launchers.forecast import Place, foresee
 from launchers.launch_options import launch_options
-from launchers.plan import Plan
+from launchers.planning.calibration import EarlierRuns, calibrate_from
+from launchers.planning.feasibility import Finding, bad_choices, job_limit_seconds, refused_by, require_feasible
+from launchers.planning.forecast import Place, foresee
+from launchers.planning.plan import Plan
+from launchers.planning.slurm_limits import Limits, ask_start, read_limits
 from launchers.preflight.needs import device_memory_gb, device_name
 from launchers.remote import job_request
 from launchers.run_directory import ROOT
 from launchers.script import gpu_flag, sbatch_text
-from launchers.slurm_limits import Limits, ask_start, read_limits
 
 CORRECT_THE_FLAG = (
     "correct the flag it names (sinfo shows partitions, limits, nodes and GPUs), and give the command again"
