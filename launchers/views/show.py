@@ -26,6 +26,8 @@ from launchers.views.progress import make_console
 
 NOT_ASKED = -1e6
 """A fall of the loss below which nothing is asked for."""
+UNBOUNDED_STEPS = 10**12
+"""From here on nobody has set a bound."""
 SPARKS = "▁▂▃▄▅▆▇█"
 ASCII_SPARKS = "_.-:=+*#"
 
@@ -69,13 +71,12 @@ def plan(plan: Plan, *, continues: bool) -> None:
                 "batch": f"{plan.global_batch_size} samples x {plan.sample_length} tokens = {plan.tokens_per_step:,} "
                 f"tokens a step ({micro_batch})",
                 "steps": f"{plan.num_train_steps:,}, {plan.tokens:,} tokens: {plan.bound_by} bind, "
-                f"{other} would allow {spare:,} steps",
+                + (f"{other} would allow {spare:,} steps" if spare < UNBOUNDED_STEPS else f"{other} set no bound"),
                 "schedule": f"peak learning rate {plan.learning_rate:g}, {plan.warmup_steps} warm-up steps",
                 "checkpoints": f"every {plan.save_steps:,} steps, {plan.checkpoints} in all"
                 f"{', more when the clock asks for them' if plan.saves_between else ''}; "
                 f"evaluation every {plan.eval_steps:,}",
-                "passes if": f"the loss falls by at least {plan.min_loss_decrease:g} and ends at or below "
-                f"{plan.max_loss_after_warmup:g}; gates while it trains: {', '.join(plan.gates) or 'none'}",
+                "passes if": f"{loss_asked(plan)}; gates while it trains: {', '.join(plan.gates) or 'none'}",
                 "text": plan.text,
                 "weights": plan.weights,
                 "directory": plan.run_dir,
@@ -83,6 +84,13 @@ def plan(plan: Plan, *, continues: bool) -> None:
             }
         )
     )
+
+
+def loss_asked(plan: Plan) -> str:
+    """What a phase asks of its loss; a scale of the pipeline asks nothing, its gates do."""
+    if plan.min_loss_decrease < NOT_ASKED:
+        return "all steps are done"
+    return f"the loss falls by at least {plan.min_loss_decrease:g} and ends at or below {plan.max_loss_after_warmup:g}"
 
 
 def chain(root: Path, plans: Sequence[Plan], states: Sequence[str], *, asked: str) -> None:

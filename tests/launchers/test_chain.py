@@ -28,6 +28,7 @@ from launchers.nodes.continuation import Continuation
 from launchers.nodes.outcomes import DEADLINE
 from launchers.ready import Start
 from launchers.start import note_chain, take_back
+from launchers.views import show
 from launchers.views.overview import look
 from tests.conftest import MICRO
 from tests.launchers.conftest import Play
@@ -62,6 +63,16 @@ def test_phases_that_are_asked_for(case: str):
     for before, link in zip(wanted.links, wanted.links[1:], strict=False):
         assert link.run.starts_from == StartingPoint("gate", str(before.paths.root), before.run.identity)
         assert link.paths.root == (wanted.root or Path()) / link.phase
+
+
+def test_plan_of_a_scale_of_the_pipeline_names_no_bounds_that_nobody_set(capsys: pytest.CaptureFixture[str]):
+    plan = ask("--phase", "sanity_check").links[0].plan("local", "asked for")
+    show.plan(plan, continues=False)
+    usual = capsys.readouterr().out
+    assert "the loss falls by at least 0.2" in usual and "would allow" in usual
+    show.plan(replace(plan, min_loss_decrease=-1e9, max_loss_after_warmup=1e9, steps_by_tokens=2**50), continues=False)
+    out = capsys.readouterr().out
+    assert "all steps are done; gates" in out and "tokens set no bound" in out
 
 
 def test_through_names_a_later_phase():
