@@ -67,3 +67,17 @@ def reached_by_others(folder: Path) -> list[Path]:
     if open_to & (stat.S_IXGRP | stat.S_IXOTH):
         return [folder, *(found for inner in folder.iterdir() for found in reached_by_others(inner))]
     return [folder] if open_to else []
+
+
+def views(report: Path, runs: Path) -> list[list[str]]:
+    """All commands that show a run, with their flags, the last two into these files."""
+    return [
+        ["status", "--json"],
+        ["logs"],
+        ["monitor", "--once"],
+        ["monitor", "--json"],
+        ["report"],
+        ["report", "--json"],
+        ["report", "--html", str(report)],
+        ["monitor", "--html", str(runs)],
+    ]

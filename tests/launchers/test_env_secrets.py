@@ -18,7 +18,7 @@ from encdec.redaction import NAMED_SECRETS, Redacting, redact, secrets_in
 from launchers import env_secrets
 from launchers.launch_options import LaunchOptions
 from tests.conftest import REPOSITORY, Lab
-from tests.launchers.secret_lab import CANARIES, command_lines, found_below, found_in, reached_by_others
+from tests.launchers.secret_lab import CANARIES, command_lines, found_below, found_in, reached_by_others, views
 
 VALUE = "v4lue-that-nobody-reads"
 
@@ -132,7 +132,9 @@ def test_a_whole_run_here_keeps_secrets_and_is_nobody_else_s(lab: Lab, no_umask:
     with command_lines() as seen:
         planned = lab.submit(run.root, *extra, "--dry-run")
         code, output = lab.submit(run.root, *extra)
-    shown = [lab.run(f"launchers.{view}", *more, str(run.root)) for view, *more in (["status", "--json"], ["logs"])]
+    pages = [lab.root / "report.html", lab.root / "runs.html"]
+    shown = [lab.run(f"launchers.{view}", *more, str(run.root)) for view, *more in views(*pages)]
+    assert not found_below(pages) and not any(reached_by_others(page) for page in pages)
     assert (planned[0], code) == (0, 0), output
     assert json.loads(run.launch.read_text())["env_secrets"] == ["LAB_PASSPHRASE", "WANDB_API_KEY"]
     assert list(run.root.rglob("*.wandb")) and list(run.root.rglob("*tfevents*"))

@@ -10,8 +10,8 @@ import pytest
 from encdec.files import RunPaths
 from launchers.sandbox.cluster import Sandbox
 from tests.conftest import wait_for_step
-from tests.launchers.secret_lab import CANARIES, command_lines, found_below, found_in, reached_by_others
-from tests.slurm.conftest import Cluster, Eventually
+from tests.launchers.secret_lab import CANARIES, command_lines, found_below, found_in, reached_by_others, views
+from tests.slurm.conftest import Cluster, Eventually, lift_hold
 
 pytestmark = pytest.mark.slurm
 
@@ -51,14 +51,14 @@ def test_a_whole_run_keeps_secrets(cluster: Cluster, eventually: Eventually, mon
             told = said_by_slurm(cluster.sandbox, job)
             cluster.slurm("scancel", "--signal=USR2", job)  # Slurm's warning: it saves, and is requeued
             eventually(lambda: cluster.state(job) == "PENDING", 60)
-            cluster.slurm("scontrol", "update", f"jobid={job}", "starttime=now")
+            lift_hold(cluster.sandbox, job)
             eventually(lambda: cluster.state(job) == "COMPLETED", 120)
     finally:
         os.umask(before)
     told += said_by_slurm(cluster.sandbox, job)
-    shown = [
-        cluster.run(f"launchers.{view}", *more, str(paths.root)) for view, *more in (["status", "--json"], ["logs"])
-    ]
+    pages = [cluster.lab.root / "report.html", cluster.lab.root / "runs.html"]
+    shown = [cluster.run(f"launchers.{view}", *more, str(paths.root)) for view, *more in views(*pages)]
+    assert not found_below(pages)
     assert len(paths.attempt_numbers()) == 2  # the requeued start had the secrets, too, or it would have refused
     assert any(job in text and "sanity_check" in text for text in told)
     assert any("launchers.job" in line or "submitit" in line for line in seen)
