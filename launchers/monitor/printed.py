@@ -15,6 +15,7 @@ from launchers.monitor.observatory import Board, Observatory
 from launchers.views.page_file import require_page, write_page
 from launchers.views.progress import make_console
 from launchers.views.tables import COLUMNS_OF_A_FILE, document
+from launchers.views.units import moment
 
 PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -56,7 +57,9 @@ def write_once(observatory: Observatory, file: Path) -> None:
     """
     require_page(file)
     console = Console(record=True, file=io.StringIO(), width=COLUMNS_OF_A_FILE, force_terminal=True)
-    print_board(asked_board(observatory), console)
+    board = asked_board(observatory)
+    console.print(f"As of {moment(board.now)}", highlight=False)
+    print_board(board, console)
     write_page(file, console.export_html(code_format=PAGE))
 
 

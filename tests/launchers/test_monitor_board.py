@@ -357,6 +357,7 @@ def test_page_is_valid_private_and_loads_nothing(runs: Path, play: Play, tmp_pat
     assert not {"script", "link", "img", "iframe"} & {element.tag for element in tree.iter()}
     assert not re.search(r"url\(|@import|https?:|src=|href=", page)
     text = "".join(tree.itertext())
+    assert re.search(r"As of \d{4}-\d\d-\d\d", text)
     assert all(paths.root.name in text for paths in runs_under(runs))
     assert file.stat().st_mode & 0o077 == 0
 
