@@ -98,7 +98,7 @@ def given_weights(word: str | None) -> StartingPoint | None:
     path = Path(word).absolute()
     if (path / "config.json").is_file():
         return StartingPoint("weights", str(path), str(path))
-    if not path.exists() and HUB_ID.fullmatch(word):
+    if HUB_ID.fullmatch(word) and not path.parent.is_dir():  # or it is a mistyped path
         return StartingPoint("weights", word, word)
     raise ConfigError(
         "--from-weights must name a checkpoint's folder, a run directory with one, a model directory or a hub id",

@@ -16,7 +16,7 @@ from typing import Any
 
 from encdec.files import AttemptPaths
 from encdec.records import START_UP, JsonLinesWriter, RankResult, Refusal, event, read_record, read_steps
-from launchers.nodes.forkserver import EARLY, early_signals
+from launchers.nodes.forkserver import early_signals, listen_early
 from launchers.nodes.outcomes import DEADLINE, FORWARDED_AS, WARNINGS, AttemptFacts
 from launchers.nodes.parts import NodeJob, RankGroup, Watcher
 
@@ -58,14 +58,15 @@ class NodeAgent:
         for number in FORWARDED:
             signal.signal(number, self._on_signal)
         self.stop_signal = early_signals[-1] if early_signals else None
+        early_signals.clear()
+        supervise = choose_supervisor(self.job)  # before signals come in: threads that it starts keep their mask
         signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
-        supervise = choose_supervisor(self.job)
         self._tell("agent_ready", node=self.job.node_rank, launcher=self.job.launcher)
         try:
             ended_well = supervise(self, self.paths.rank_logs(self.job.node_rank))
         finally:
-            # what asks to save waits from here on: this process may become the job of the next phase
-            signal.pthread_sigmask(signal.SIG_BLOCK, EARLY)
+            # what asks to save is early from here on: this process may become the job of the next phase
+            listen_early(for_exec=True)
             self._events.close()
         result = read_record(self.paths.result, RankResult) if ended_well and self.paths.result.is_file() else None
         refusal = read_record(self.paths.error, Refusal) if self.paths.error.is_file() else None

@@ -21,6 +21,7 @@ from launchers import slurm
 from launchers.chain_file import chain_of, later_phases, read_chain
 from launchers.jobs import jobs_of, newest_jobs, submission
 from launchers.nodes.allocation import Announcement, announcement, read_allocation
+from launchers.nodes.forkserver import leave_pending
 from launchers.run_directory import code_environment, note
 from launchers.run_status import read_status
 
@@ -122,10 +123,11 @@ def is_declined(paths: RunPaths) -> bool:
 
 
 def go_on(paths: RunPaths) -> NoReturn:
-    """Become the job of the next phase, with its own snapshot of the code. The signals that the agent has blocked at
-    its end, and which would kill a starting Python, stay with the process.
+    """Become the job of the next phase, with its own snapshot of the code. The signals that have come since the agent
+    has ended, and which would kill a starting Python, stay with the process.
     """
     sys.stdout.flush()
     sys.stderr.flush()
     environment = {**os.environ, **code_environment(paths)}
+    leave_pending()
     os.execve(sys.executable, [sys.executable, "-u", "-m", "launchers.job", str(paths.root)], environment)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from encdec.errors import ConfigError
 from encdec.training.run_config import RunConfig
@@ -154,11 +154,13 @@ def refused_by(limits: Limits, plan: Plan, flags: Mapping[str, str | bool], *, c
             names = ", ".join(each.name for each in limits.partitions)
             return [Finding(True, f"invalid partition: {asked}", f"there are {names}")]
         return []
-    return [
+    of_partition = [
         *partition_findings(partition, plan, flags),
         *node_findings(limits, plan, flags, cpus=cpus, gpus=gpus),
-        *qos_findings(limits, plan, flags, cpus=cpus, gpus=gpus),
     ]
+    if not limits.certain:  # the site, or the quality of service, may let it run all the same: sbatch knows
+        of_partition = [replace(finding, refuses=False) for finding in of_partition]
+    return [*of_partition, *qos_findings(limits, plan, flags, cpus=cpus, gpus=gpus)]
 
 
 def asked_seconds(flags: Mapping[str, str | bool]) -> float | None:
@@ -168,8 +170,10 @@ def asked_seconds(flags: Mapping[str, str | bool]) -> float | None:
 
 def partition_findings(partition: Partition, plan: Plan, flags: Mapping[str, str | bool]) -> Iterator[Finding]:
     """A partition's own limits."""
-    if not partition.up:
-        yield Finding(True, f"partition {partition.name} is not up", "choose another --partition")
+    if partition.state == "DOWN":
+        yield Finding(False, f"partition {partition.name} is down", "the job waits until it is up; or choose another")
+    elif partition.state != "UP":
+        yield Finding(True, f"partition {partition.name} is {partition.state}", "choose another --partition")
     time, longest = asked_seconds(flags), partition.max_seconds
     if time is not None and longest is not None and time > longest:
         yield Finding(
@@ -183,7 +187,7 @@ def partition_findings(partition: Partition, plan: Plan, flags: Mapping[str, str
             True, f"Node count {plan.nodes}, and partition {partition.name} allows {most}", f"give --nodes {most}"
         )
     for flag, allowed in (("qos", partition.allowed_qos), ("account", partition.allowed_accounts)):
-        if allowed and flag in flags and flags[flag] not in allowed:
+        if allowed and flag in flags and str(flags[flag]).lower() not in {name.lower() for name in allowed}:
             yield Finding(
                 True,
                 f"--{flag} {flags[flag]}, and partition {partition.name} allows {', '.join(allowed)}",
@@ -227,7 +231,7 @@ def qos_findings(
 ) -> Iterator[Finding]:
     """Limits of the quality of service, where accounting enforces them."""
     asked = flags.get("qos")
-    if asked and limits.known_qos is not None and asked not in limits.known_qos:
+    if asked and limits.known_qos is not None and str(asked).lower() not in limits.known_qos:
         yield Finding(True, f"invalid qos: {asked}", f"there are {', '.join(limits.known_qos)}")
     wanted = {"node": plan.nodes, "cpu": plan.nodes * cpus, "gres/gpu": plan.nodes * gpus}
     time = asked_seconds(flags)

@@ -21,6 +21,7 @@ from launchers.remote import job_request
 from launchers.run_directory import ROOT
 from launchers.script import gpu_flag, sbatch_text
 
+WAITS = "no node can start it as things are, and the job waits until that changes (sinfo -R says why nodes are out)"
 CORRECT_THE_FLAG = (
     "correct the flag it names (sinfo shows partitions, limits, nodes and GPUs), and give the command again"
 )
@@ -87,13 +88,17 @@ def look_ahead(prospect: Prospect, arguments: Namespace, limits: Limits, earlier
 
 
 def with_start(outlook: Outlook) -> Outlook:
-    """With the time at which Slurm would start the job.
+    """With the time at which Slurm would start the job, or a warning that it could not start it as things are.
 
     Raises:
         ConfigError: Slurm would refuse it.
     """
     assert outlook.script is not None and outlook.plan.forecast is not None
     test = ask_start(outlook.script)
+    if test.passes:
+        return replace(
+            outlook, plan=replace(outlook.plan, warnings=(*outlook.plan.warnings, f"{test.problem}: {WAITS}"))
+        )
     if test.problem:
         require_feasible([Finding(True, test.problem, CORRECT_THE_FLAG)])
     return replace(

@@ -19,6 +19,15 @@ NO_LIMIT = frozenset({"", "UNLIMITED", "INFINITE", "NONE", "N/A", "(null)"})
 UNUSABLE = ("down", "drain", "fail", "maint", "planned_down", "power_down", "reboot", "unknown", "inval", "future")
 """What the state of a node begins with where no job can start for a while; ``drain`` covers draining and drained."""
 SIZES = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+QOS_FIELDS = "Name,MaxWall,MaxTRES,MaxTRESPU,Flags"
+PASSING = re.compile(
+    r"node configuration is not available|nodes? (are |is )?(busy|not available|down|drained)|invalid time specified|"
+    r"reserv",
+    re.IGNORECASE,
+)
+"""What sbatch --test-only, which looks at this moment alone, says of jobs that sbatch queues: nodes that are down, a
+reservation that has not begun.
+"""
 STARTS = re.compile(r"to start at (\S+)")
 """In what sbatch --test-only says."""
 
@@ -43,7 +52,8 @@ class Partition:
 
     name: str
     default: bool
-    up: bool
+    state: str
+    """UP, DOWN (jobs wait), DRAIN (none is taken) or INACTIVE."""
     max_seconds: float | None
     """Longest time limit of a job; None: none."""
     default_seconds: float | None
@@ -66,6 +76,12 @@ class Qos:
     max_seconds: float | None = None
     max_resources: Mapping[str, int] = field(default_factory=dict)
     """Of a job or of a user, the smaller: node, cpu, gres/gpu -> how many."""
+    flags: frozenset[str] = frozenset()
+
+    @property
+    def over_partition(self) -> bool:
+        """Whether it lifts limits of the partition (PartitionTimeLimit, PartitionMaxNodes)."""
+        return any(flag.startswith("Partition") for flag in self.flags)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,28 +97,44 @@ class Limits:
     """Those that hold for the job, where accounting enforces limits."""
     known_qos: tuple[str, ...] | None = None
     """Names of all of them."""
+    certain: bool = True
+    """Whether the partition's own limits are the job's: it is the one that is asked for, or no plugin of the site may
+    choose another; and no quality of service lifts them.
+    """
 
 
 def read_limits(flags: Mapping[str, str | bool]) -> Limits:
     """Ask Slurm about what a job with these sbatch flags meets."""
     partitions = parse_partitions(ask("scontrol", "--oneliner", "show", "partition").out) or None
-    asked = str(flags.get("partition", "")).split(",")[0]
+    asked = str(flags.get("partition", ""))  # of several Slurm takes one in which the job can run
     partition = next((p for p in partitions or () if p.name == asked or (not asked and p.default)), None)
     nodes = None
     if partition:
         answer = ask("sinfo", "--noheader", "--Node", f"--partition={partition.name}", "--format=%N|%T|%G|%m|%c")
         nodes = parse_nodes(answer.out) if answer.ok else None
-    names = [str(name) for name in (flags.get("qos"), partition and partition.qos) if name]
+    own, config = str(flags.get("qos", "")).lower(), ask("scontrol", "show", "config").out
     known, all_qos = None, {}
-    if names and enforces_limits(ask("scontrol", "show", "config").out):
-        answer = ask("sacctmgr", "--noheader", "--parsable2", "show", "qos", "format=Name,MaxWall,MaxTRES,MaxTRESPU")
+    if (own or (partition and partition.qos)) and enforces_limits(config):
+        answer = ask("sacctmgr", "--noheader", "--parsable2", "show", "qos", f"format={QOS_FIELDS}")
         if answer.ok:
-            all_qos = {qos.name: qos for qos in parse_qos(answer.out)}
+            all_qos = {qos.name.lower(): qos for qos in parse_qos(answer.out)}
             known = tuple(all_qos)
+    job_qos = all_qos.get(own)
+    names = [own]
+    if partition and partition.qos and not (job_qos and "OverPartQOS" in job_qos.flags):
+        names.append(partition.qos.lower())
     return Limits(
         partitions=partitions, partition=partition, nodes=nodes,
         qos=[all_qos[name] for name in names if name in all_qos], known_qos=known,
+        certain=bool(asked or not may_choose_partition(config))
+        and (not own or (job_qos is not None and not job_qos.over_partition)),
     )  # fmt: skip
+
+
+def may_choose_partition(config: str) -> bool:
+    """Whether a plugin of the site may send a job that names no partition elsewhere than to the default one."""
+    found = re.search(r"^JobSubmitPlugins\s*=\s*(.*)$", config, re.MULTILINE)
+    return found is None or found.group(1).strip() not in NO_LIMIT
 
 
 def enforces_limits(config: str) -> bool:
@@ -122,7 +154,7 @@ def parse_partitions(text: str) -> list[Partition]:
             Partition(
                 name=facts["PartitionName"],
                 default=facts.get("Default") == "YES",
-                up=facts.get("State", "UP") == "UP",
+                state=facts.get("State", "UP"),
                 max_seconds=_seconds(facts.get("MaxTime", "")),
                 default_seconds=_seconds(facts.get("DefaultTime", "")),
                 max_nodes=_count(facts.get("MaxNodes", "")),
@@ -157,18 +189,20 @@ def count_gpus(gres: str) -> int:
 
 
 def parse_qos(text: str) -> list[Qos]:
-    """``sacctmgr --parsable2 show qos format=Name,MaxWall,MaxTRES,MaxTRESPU``."""
+    """``sacctmgr --parsable2 show qos`` with QOS_FIELDS."""
     found = []
     for row in (line.split("|") for line in text.splitlines()):
-        if len(row) != 4:
+        if len(row) != len(QOS_FIELDS.split(",")):
             continue
-        name, wall, a_job, a_user = row
+        name, wall, a_job, a_user, qos_flags = row
         resources: dict[str, int] = {}
         for pair in (*a_job.split(","), *a_user.split(",")):
             what, _, count = pair.partition("=")
             if count.isdecimal():
                 resources[what] = min(int(count), resources.get(what, int(count)))
-        found.append(Qos(name=name, max_seconds=_seconds(wall), max_resources=resources))
+        found.append(
+            Qos(name=name, max_seconds=_seconds(wall), max_resources=resources, flags=frozenset(qos_flags.split(",")))
+        )
     return found
 
 
@@ -185,7 +219,12 @@ class StartTest:
     start: str | None
     """Local time, as Slurm writes it; None: it does not say."""
     problem: str | None
-    """Why it would be refused; None: it would not be, or nobody knows."""
+    """Why it would not start; None: it would, or nobody knows."""
+
+    @property
+    def passes(self) -> bool:
+        """Whether the problem is one of this moment."""
+        return self.problem is not None and PASSING.search(self.problem) is not None
 
 
 def ask_start(script: str) -> StartTest:

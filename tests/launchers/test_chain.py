@@ -160,9 +160,10 @@ def test_other_checkpoints_are_not_resumed(case: str, tmp_path: Path, monkeypatc
         ask("--phase", "validation", "--resume", *flags)
 
 
-@pytest.mark.parametrize("word", ["nowhere", "/nowhere/at/all", "."])
+@pytest.mark.parametrize("word", ["nowhere", "/nowhere/at/all", ".", "runs/mistyped"])
 def test_other_weights_are_refused(word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
     with pytest.raises(ConfigError, match="--from-weights must name"):
         ask("--phase", "medium", "--from-weights", word)
 

@@ -26,7 +26,7 @@ from tests.conftest import REPOSITORY
 
 DEFAULT = REPOSITORY / "configs" / "training_config.yaml"
 MAIN = Partition(
-    name="main", default=True, up=True, max_seconds=86_400, default_seconds=3600, max_nodes=None, total_nodes=4,
+    name="main", default=True, state="UP", max_seconds=86_400, default_seconds=3600, max_nodes=None, total_nodes=4,
     qos=None,
 )  # fmt: skip
 NODES = [
@@ -73,11 +73,16 @@ def test_more_than_a_partition_has_is_refused(asked: dict[str, Any], words: str)
 def test_partition_that_is_not_there_or_down_is_refused():
     [finding] = found_by_limits(replace(LIMITS, partition=None), partition="nowhere")
     assert finding.refuses and "nowhere" in finding.found and "main" in finding.remedy
-    [finding] = found_by_limits(replace(LIMITS, partition=replace(MAIN, up=False)))
-    assert finding.refuses and "not up" in finding.found
+    [finding] = found_by_limits(replace(LIMITS, partition=replace(MAIN, state="DRAIN")))
+    assert finding.refuses and "DRAIN" in finding.found
+    [finding] = found_by_limits(replace(LIMITS, partition=replace(MAIN, state="DOWN")))
+    assert not finding.refuses and "waits" in finding.remedy
     allowed = replace(MAIN, allowed_qos=("normal",), allowed_accounts=("research",))
     findings = found_by_limits(replace(LIMITS, partition=allowed), qos="urgent", account="teaching")
     assert [finding.refuses for finding in findings] == [True, True]
+    assert found_by_limits(replace(LIMITS, partition=allowed), qos="Normal", account="RESEARCH") == []
+    [finding] = found_by_limits(replace(LIMITS, certain=False), time="9-00")
+    assert not finding.refuses
 
 
 def test_nodes_that_are_down_are_waited_for():

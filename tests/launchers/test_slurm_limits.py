@@ -30,17 +30,23 @@ NODES = (
     "n1|idle|gpu:h100:8|256000|32\nn2|mixed|gpu:h100:8(S:0-1)|256000|32\nn3|drained*|gpu:h100:8|256000|32\n"
     "n4|down*|(null)|128000|16\n"
 )
-QOS = "normal|||\nshort|04:00:00|node=2,cpu=64|gres/gpu=8\nlong|7-00:00:00||cpu=128,node=16\n"
-CONFIG = "AccountingStorageEnforce = associations,limits,qos\nKillWait                = 30 sec\n"
+QOS = (
+    "normal||||\nshort|04:00:00|node=2,cpu=64|gres/gpu=8|DenyOnLimit\n"
+    "long|7-00:00:00||cpu=128,node=16|PartitionTimeLimit,OverPartQOS\n"
+)
+CONFIG = (
+    "AccountingStorageEnforce = associations,limits,qos\nJobSubmitPlugins        = (null)\n"
+    "KillWait                = 30 sec\n"
+)
 
 
 def test_partitions():
     main, debug = parse_partitions(PARTITIONS)
-    assert (main.name, main.default, main.up, main.qos) == ("main", True, True, None)
+    assert (main.name, main.default, main.state, main.qos) == ("main", True, "UP", None)
     assert (main.max_seconds, main.default_seconds) == (86_400, 3600)
     assert (main.max_nodes, main.total_nodes, main.allowed_qos, main.allowed_accounts) == (None, 4, (), ())
-    assert (debug.default, debug.up, debug.qos, debug.max_seconds, debug.default_seconds) == (
-        False, False, "short", 300, None,
+    assert (debug.default, debug.state, debug.qos, debug.max_seconds, debug.default_seconds) == (
+        False, "DOWN", "short", 300, None,
     )  # fmt: skip
     assert (debug.max_nodes, debug.allowed_qos, debug.allowed_accounts) == (2, ("normal",), ("research", "teaching"))
     assert parse_partitions("slurm_load_partitions error: Unable to contact slurm controller\n") == []
@@ -90,6 +96,50 @@ def test_limits_of_a_job(play: Play):
     assert [qos.name for qos in read({"partition": "debug"}).qos] == ["short"]  # the partition's own
     unknown = read({"partition": "nowhere"})
     assert unknown.partition is None and [p.name for p in unknown.partitions or ()] == ["main", "debug"]
+
+
+# sbatch's flags, the site's plugins -> whether the partition's limits are the job's
+CERTAIN: list[tuple[dict[str, str], str, bool]] = [
+    ({}, "(null)", True),
+    ({}, "lua", False),
+    ({"partition": "main"}, "lua", True),
+    ({"partition": "debug,main"}, "(null)", True),  # no partition is judged
+    ({"partition": "debug", "qos": "Short"}, "(null)", True),
+    ({"partition": "debug", "qos": "long"}, "(null)", False),
+    ({"partition": "debug", "qos": "nobody-knows"}, "(null)", False),
+]
+
+
+@pytest.mark.parametrize(("flags", "plugins", "certain"), CERTAIN)
+def test_limits_refuse_only_where_they_are_the_jobs(flags: dict[str, str], plugins: str, certain: bool, play: Play):
+    config = CONFIG.replace("(null)", plugins)
+    (play.folder / "scontrol").write_text(
+        f"#!/bin/sh\ncase \"$*\" in *partition*) cat <<'.'\n{PARTITIONS}.\n;; *) cat <<'.'\n{config}.\nesac\n"
+    )
+    (play.folder / "scontrol").chmod(0o755)
+    play("sinfo", NODES)
+    play("sacctmgr", QOS)
+    limits = read(flags)
+    assert limits.certain == certain
+    assert (limits.partition is None) == ("," in flags.get("partition", ""))
+    of_partition = limits.partition is not None and limits.partition.name == "debug" and flags.get("qos") != "long"
+    assert ("short" in [qos.name for qos in limits.qos]) == of_partition  # which its own QOS may lift
+
+
+@pytest.mark.parametrize(
+    ("problem", "passes"),
+    [
+        ("Requested node configuration is not available", True),
+        ("Requested nodes are busy", True),
+        ("Invalid time specified", True),
+        ("Node count specification invalid", False),
+        ("Invalid partition name specified", False),
+        ("Invalid feature specification", False),
+        (None, False),
+    ],
+)
+def test_what_a_test_says_of_this_moment_alone_refuses_nothing(problem: str | None, passes: bool):
+    assert slurm_limits.StartTest(None, problem).passes == passes
 
 
 def test_limits_that_are_not_enforced_are_none(play: Play):

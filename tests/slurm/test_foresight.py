@@ -74,3 +74,15 @@ def test_limits_of_a_quality_of_service_are_kept(cluster: Cluster, sandbox: Sand
         limit("-1", "-1")
     assert read_limits({"qos": "urgent"}).qos[0].max_resources == {}
     assert not Path(paths.root).exists()
+
+
+def test_nodes_that_are_out_for_now_refuse_nothing(cluster: Cluster, sandbox: Sandbox):
+    """sbatch queues such a job; sbatch --test-only alone says that it cannot start."""
+    paths = RunPaths(cluster.lab.root / "waits")
+    sandbox.run("scontrol", "update", "nodename=n4", "state=drain", "reason=looked-at")
+    try:
+        code, output = cluster.submit(paths, "--nodes", "4", "--set", "training.global_batch_size=8", "--dry-run")
+    finally:
+        sandbox.run("scontrol", "update", "nodename=n4", "state=resume")
+    assert code == 0, output
+    assert "3 of 4 fitting nodes" in output and "the job waits" in " ".join(output.split())
