@@ -6,6 +6,7 @@ together, V rows of the embedding, which is the head as well.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -40,10 +41,12 @@ ACCELERATORS: Mapping[str, Accelerator] = {
 def accelerator_in(text: str) -> str | None:
     """The name of an accelerator that ``text`` holds, such as a Slurm GRES ("gpu:h100:8"); None where there is none.
 
-    Of several that fit the longest: "a100-80gb" before "a100".
+    Only as a whole word, for a GH200 is no H200 and an A1000 no A100. Of several that fit the longest: "a100-80gb"
+    before "a100".
     """
     lowered = text.lower().replace("_", "-")
-    return max((name for name in ACCELERATORS if name in lowered), key=len, default=None)
+    found = (name for name in ACCELERATORS if re.search(rf"(?<![a-z0-9]){name}(?![a-z0-9])", lowered))
+    return max(found, key=len, default=None)
 
 
 def forward_flops(size: ModelSize, encoder_tokens: int, decoder_tokens: int) -> float:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterable, Mapping
 
-SECRET_WORDS = frozenset({"APIKEY", "CREDENTIAL", "CREDENTIALS", "KEY", "PASSWD", "PASSWORD", "SECRET", "TOKEN"})
+SECRET_WORDS = frozenset(
+    {
+        "APIKEY", "CREDENTIAL", "CREDENTIALS", "KEY", "PASS", "PASSWD", "PASSWORD", "PAT", "SECRET", "TOKEN", "WEBHOOK",
+    }
+)  # fmt: skip
 PLACE_WORDS = frozenset({"DIR", "FILE", "PATH"})
 """A variable whose name ends so says where a secret is."""
 NAMED_SECRETS = "ENCDEC_ENV_SECRETS"
@@ -14,6 +19,8 @@ NAMED_SECRETS = "ENCDEC_ENV_SECRETS"
 SHORTEST_SECRET = 6
 """Characters; a shorter value would be found in words that are none."""
 MASK = "***"
+PASSWORD_IN_URL = re.compile(r"""(://[^\s/?#:@"'<>]*:)[^\s/?#"'<>]+@""")
+"""``scheme://user:password@host``; a host's port is followed by no @."""
 
 
 def looks_secret(name: str) -> bool:
@@ -31,16 +38,18 @@ def secrets_in(environment: Mapping[str, str], named: Iterable[str] = ()) -> lis
     named = {*named, *environment.get(NAMED_SECRETS, "").split()}
     found = set()
     for name, value in environment.items():
-        if name in named or looks_secret(name):
-            found |= {value, *(value.split() if name in named else ())}
+        if name in named:
+            found |= {value, *value.split()}
+        elif looks_secret(name) and not value.isdigit():  # a number is found in too much that is none: steps, ids
+            found.add(value)
     return sorted((value for value in found if len(value) >= SHORTEST_SECRET), key=len, reverse=True)
 
 
 def redact(text: str, secrets: Iterable[str] | None = None) -> str:
-    """``text`` without the secrets, by default those of this process's environment."""
+    """``text`` without the secrets, by default those of this process's environment, nor passwords in URLs."""
     for secret in secrets_in(os.environ) if secrets is None else secrets:
         text = text.replace(secret, MASK)
-    return text
+    return PASSWORD_IN_URL.sub(rf"\g<1>{MASK}@", text)
 
 
 class Redacting(logging.Formatter):

@@ -86,9 +86,9 @@ def parse_submit(argv: list[str] | None) -> argparse.Namespace:
     how.add_argument(
         "--calibrate-from",
         metavar="RUN",
-        type=Path,
-        help="run directory whose measured speed the forecast rests on (default: the most similar run of the same "
-        "model and device that lies beside this one or in runs/)",
+        help="run whose measured speed the forecast rests on: its name in runs/, the beginning of one, CHAIN/PHASE, or "
+        "a directory (default: the most similar run of the same model and device that lies beside this one or in "
+        "runs/)",
     )
     how.add_argument(
         "--preflight",

@@ -6,7 +6,7 @@ from argparse import Namespace
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from encdec.errors import ConfigError
+from encdec.errors import ConfigError, EncdecError
 from encdec.files import RunPaths
 from encdec.training.execution import StartingPoint, TrainingPhase, previous_phases
 from encdec.training.promotion import read_gate
@@ -121,5 +121,13 @@ def proved_elsewhere(link: Link) -> Link:
     if link.paths.root.exists():
         return link
     places = [ROOT / f"{link.phase}-{link.run.identity[:8]}", *sorted(ROOT.glob(f"chain-*/{link.phase}"))]
-    others = (Link(link.phase, link.run, RunPaths(place.absolute())) for place in places if place.is_dir())
-    return next((other for other in others if other.passed), link)
+    others = (Link(link.phase, link.run, RunPaths(place.absolute())) for place in places)
+    return next((other for other in others if passed_there(other)), link)
+
+
+def passed_there(other: Link) -> bool:
+    """Whether another run has passed; one that is damaged or closed to us has not, and refuses nothing here."""
+    try:
+        return other.paths.root.is_dir() and other.passed
+    except (EncdecError, OSError):
+        return False

@@ -7,6 +7,7 @@ keep environments in its accounting. What is written down is the name.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping, MutableMapping, Sequence
 
 from encdec.errors import ConfigError, MissingPrerequisite
@@ -71,11 +72,23 @@ def require_unkept(names: Sequence[str]) -> None:
         )
 
 
-def take_over(paths: RunPaths, environment: MutableMapping[str, str]) -> None:
+def warn_of_accounting(names: Sequence[str]) -> None:
+    """Inside the job it is too late to refuse what ``require_unkept`` does: sbatch has handed the environment over."""
+    if names and slurm.accounting_keeps("job_env"):
+        print(
+            f"warning: Slurm's accounting keeps the environments of jobs (AccountingStoreFlags has job_env): sacct "
+            f"--env-vars shows {', '.join(names)} of this one. Replace what they hold, and keep secrets in files that "
+            "only you can read",
+            file=sys.stderr,
+        )
+
+
+def take_over(paths: RunPaths, environment: MutableMapping[str, str], *, notify_env: str | None = None) -> None:
     """In the job: what was asked for must have arrived; what the ranks log is kept free of it.
 
     Args:
         environment: of this process, which its ranks inherit.
+        notify_env: ``infra.notify_env``, the variable with the addresses of notifications, which hold secrets as well.
 
     Raises:
         MissingPrerequisite: naming what did not.
@@ -88,5 +101,6 @@ def take_over(paths: RunPaths, environment: MutableMapping[str, str]) -> None:
             found=f"no {', '.join(missing)} in its environment",
             remedy="Submit again from a shell that has them; a container or an own srun argument may drop them",
         )
-    if names:
-        environment[NAMED_SECRETS] = " ".join(names)
+    unsaid = [*names, *([notify_env] if notify_env and notify_env not in names else ())]
+    if unsaid:
+        environment[NAMED_SECRETS] = " ".join(unsaid)

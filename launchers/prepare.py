@@ -16,7 +16,7 @@ from launchers.chain import asked
 from launchers.chain_file import write_chain
 from launchers.cluster import require_text
 from launchers.cluster_file import read_cluster_file
-from launchers.env_secrets import require_names, require_values
+from launchers.env_secrets import require_names, require_values, warn_of_accounting
 from launchers.jobs import require_no_other_job
 from launchers.ready import Start, make_all, with_outlook
 from launchers.remote import share
@@ -49,6 +49,7 @@ def prepare(arguments: Namespace) -> int:
         )
     require_names(arguments.env_secret)
     require_values(arguments.env_secret, os.environ)
+    warn_of_accounting(arguments.env_secret)
     arguments.cluster_file = read_cluster_file(arguments.cluster)
     wanted = asked(arguments)
     require_text(wanted.links[-1].run)

@@ -40,7 +40,7 @@ def run_attempt(paths: RunPaths) -> int:
     """This node's part of an attempt, from the claim of its number to its outcome; returns the exit code."""
     require_own_code(paths)
     run = read_run_config(paths)
-    env_secrets.take_over(paths, os.environ)
+    env_secrets.take_over(paths, os.environ, notify_env=run.config.infra.notify_env)
     allocation = read_allocation(os.environ)
     if allocation is None:
         job = local_job(run, paths)

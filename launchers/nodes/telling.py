@@ -4,6 +4,7 @@ what follows from it. Nothing waits for it, and nothing depends on it.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,6 +24,13 @@ SECONDS_TO_DRAIN_HURRIED = 1.0
 """Where a signal has asked to end."""
 WORDS: Mapping[str, str] = {"gate": "a gate is closed", "bad_node": "crashed again and again on one node"}
 """Outcome.cause -> how it is told."""
+FOLLOWS: Mapping[str, str] = {
+    Move.STOP: "nothing continues it by itself",
+    Move.AGAIN: "another start continues it",
+    Move.ELSEWHERE: "a successor goes on without {node}",
+    Move.LEAVE: "Slurm starts it again, or a successor that waits already goes on",
+}
+"""What follows an end -> how it is told."""
 
 
 def tell_end(paths: RunPaths, run: RunConfig, attempt: int, outcome: Outcome, *, hurried: bool) -> None:
@@ -31,17 +39,15 @@ def tell_end(paths: RunPaths, run: RunConfig, attempt: int, outcome: Outcome, *,
     Args:
         hurried: whether something has asked it to end.
     """
-    ledger = read_json_lines(paths.attempt(attempt).events("node-0"))
-    decided = next((record for record in reversed(list(ledger)) if record.get("event") == "next"), None)
-    told_by_rank = paths.attempt(attempt).result.is_file()
-    _tell(
-        run,
-        lambda: [
-            *end_messages(run.name, attempt, outcome, decided, told_by_rank=told_by_rank),
-            *chain_messages(paths, outcome, decided),
-        ],
-        hurried=hurried,
-    )
+
+    def messages() -> list[Message]:
+        ledger = read_json_lines(paths.attempt(attempt).events("node-0"))
+        decided = next((record for record in reversed(list(ledger)) if record.get("event") == "next"), None)
+        told_by_rank = paths.attempt(attempt).result.is_file()
+        of_the_end = end_messages(run.name, attempt, outcome, decided, told_by_rank=told_by_rank)
+        return [*of_the_end, *chain_messages(paths, outcome, decided)]
+
+    _tell(run, messages, hurried=hurried)
 
 
 def tell_declined(run: RunConfig, reason: str) -> None:
@@ -64,8 +70,8 @@ def end_messages(
         return [Message(f"{name}: given up after {given_up}", body, "failure")]
     if told_by_rank:
         return []
-    elsewhere = decided is not None and decided.get("move") == Move.ELSEWHERE
-    follows = f"a successor goes on without {outcome.bad_node}" if elsewhere else "nothing continues it by itself"
+    move = decided.get("move") if decided else Move.STOP
+    follows = FOLLOWS.get(str(move), FOLLOWS[Move.STOP]).format(node=outcome.bad_node)
     what = WORDS.get(outcome.cause, "crashed" if outcome.cause == "crash" else outcome.cause)
     body = f"attempt {attempt}, step {outcome.step}: {outcome.message}; {follows}"
     return [Message(f"{name}: {what}", body, "failure")]
@@ -94,6 +100,7 @@ def chain_messages(paths: RunPaths, outcome: Outcome, decided: Mapping[str, Any]
 
 
 def _tell(run: RunConfig, messages: Callable[[], list[Message]], *, hurried: bool) -> None:
+    """Send what ``messages`` makes, if anything is to be sent at all; raises nothing."""
     infra = run.config.infra
     if not wants_notifications(infra.notify_env, infra.notify_file):
         return
@@ -105,5 +112,9 @@ def _tell(run: RunConfig, messages: Callable[[], list[Message]], *, hurried: boo
         for message in due:
             sender.send(message._replace(body=redact(message.body)))
         sender.close(SECONDS_TO_DRAIN_HURRIED if hurried else SECONDS_TO_DRAIN)
-    except (EncdecError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+    # whatever it is: other nodes wait for this one, whose exit code is the attempt's
+    except Exception as error:
+        # the text of what is not ours may hold an address
+        text = str(error) if isinstance(error, EncdecError | OSError) else type(error).__name__
+        with contextlib.suppress(OSError, ValueError):  # a closed stderr
+            print(f"error: nobody is told: {text}", file=sys.stderr, flush=True)

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import statistics
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from encdec.errors import ConfigError
+from encdec.errors import ConfigError, EncdecError
 from encdec.files import AttemptPaths, RunPaths
 from encdec.records import is_step, read_ends, read_newest
 from launchers.chain_file import CHAIN_FILE, runs_of
@@ -90,14 +92,23 @@ def earlier_runs(places: Sequence[Path]) -> Iterator[tuple[RunPaths, dict[str, A
     found: dict[Path, float] = {}
     for place in {place.absolute() for place in places}:
         for folder in folders_in(place):
-            runs = runs_of(folder).values() if os.path.lexists(folder / CHAIN_FILE) else [RunPaths(folder)]
-            for paths in runs:
+            for paths in runs_in(folder):
                 with contextlib.suppress(OSError):  # no run, or gone meanwhile
                     found[paths.root] = paths.plan.stat().st_mtime
     for root in sorted(found, key=lambda root: found[root], reverse=True)[:NEWEST_RUNS]:
         plan = read_plan(RunPaths(root))
         if plan is not None:
             yield RunPaths(root), plan
+
+
+def runs_in(folder: Path) -> list[RunPaths]:
+    """What may be run directories: the phases of a chain, or the folder itself; none of a chain that is damaged."""
+    if not os.path.lexists(folder / CHAIN_FILE):
+        return [RunPaths(folder)]
+    try:
+        return list(runs_of(folder).values())
+    except (EncdecError, OSError):  # somebody else's, which is no reason to refuse this run
+        return []
 
 
 def folders_in(place: Path) -> list[Path]:
@@ -138,50 +149,73 @@ def likeness(plan: dict[str, Any], other: dict[str, Any]) -> int | None:
 def measure(paths: RunPaths) -> Measured | None:
     """What a run's newest attempt with enough steps measured; None where there is none, or its records are damaged."""
     plan = read_plan(paths)
-    flops = plan["forecast"].get("flops_per_step") if plan else None
-    for number in reversed(paths.attempt_numbers()):
-        attempt = paths.attempt(number)
-        steps = list(filter(is_step, read_newest(attempt.steps, BYTES_OF_RECORDS)))
-        if plan and flops and len(steps) >= LEAST_STEPS + UNSTEADY_STEPS:
-            try:
-                return measured_by(attempt, steps, plan, name=paths.root.name)
-            except (ArithmeticError, KeyError, TypeError, ValueError):  # somebody else's damaged files
-                return None
+    if not plan or not plan["forecast"].get("flops_per_step"):
+        return None
+    try:
+        for number in reversed(paths.attempt_numbers()):
+            attempt = paths.attempt(number)
+            steps = list(filter(is_step, read_newest(attempt.steps, BYTES_OF_RECORDS)))
+            if len(steps) >= LEAST_STEPS + UNSTEADY_STEPS:
+                found = measured_by(attempt, steps, plan, name=paths.root.name)
+                return found if is_sound(found) else None
+    # somebody else's damaged or closed files
+    except (ArithmeticError, EncdecError, KeyError, OSError, TypeError, ValueError):
+        return None
     return None
 
 
+def is_sound(measured: Measured) -> bool:
+    """Whether a forecast can rest on it: damaged records may hold words or infinities where numbers belong."""
+    values = [value for name, value in asdict(measured).items() if name != "source" and value is not None]
+    numbers = all(isinstance(value, int | float) and math.isfinite(value) for value in values)
+    return numbers and min(measured.step_seconds, measured.flops_per_second, measured.tokens_per_step) > 0
+
+
 def measured_by(attempt: AttemptPaths, steps: list[dict[str, Any]], plan: dict[str, Any], *, name: str) -> Measured:
-    """What the records of one attempt say.
+    """What the records of one attempt say; medians, which a step that waited for a slow disk does not move.
 
     Args:
         steps: its step records, oldest first.
     """
     steady = steps[UNSTEADY_STEPS:]
-    mean = statistics.fmean(step["step_seconds"] for step in steady)
+    within = statistics.median(step["step_seconds"] for step in steady)
     events = list(read_newest(attempt.events("rank-0"), BYTES_OF_RECORDS))
     saves = [event for event in events if event.get("event") == "saved"]
     stops = {event.get("step") for event in events if event.get("event") in ("evaluated", "saved")}
     # between two steps lie evaluation, the part of a save that blocks, and what observers do
-    gaps = {after["step"]: after["time"] - after["step_seconds"] - before["time"] for before, after in pairwise(steady)}
-    paused = [gap for step, gap in gaps.items() if step - 1 in stops]
-    others = [gap for step, gap in gaps.items() if step - 1 not in stops]
-    beside = max(0.0, statistics.fmean(others)) if others else 0.0
+    gaps = [
+        (before["step"], gap_between(before, after)) for before, after in pairwise(steady) if follows(before, after)
+    ]
+    paused = [gap for step, gap in gaps if step in stops]
+    others = [gap for step, gap in gaps if step not in stops]
+    beside = max(0.0, statistics.median(others)) if others else 0.0
     began, ended = bounds_of(attempt)
     first = read_ends(attempt.steps)[0]
     ranks = plan["nodes"] * plan["ranks_per_node"]
     return Measured(
         source=name,
         steps=len(steady),
-        step_seconds=mean + beside,
-        flops_per_second=plan["forecast"]["flops_per_step"] / mean / ranks,
-        startup_seconds=max(0.0, first["time"] - began - mean) if began and first and is_step(first) else None,
-        pause_seconds=max(0.0, statistics.fmean(paused) - beside) if paused else 0.0,
+        step_seconds=within + beside,
+        flops_per_second=plan["forecast"]["flops_per_step"] / within / ranks,
+        startup_seconds=max(0.0, first["time"] - began - within) if began and first and is_step(first) else None,
+        pause_seconds=max(0.0, statistics.median(paused) - beside) if paused else 0.0,
         finish_seconds=max(0.0, ended - steps[-1]["time"]) if ended else None,
-        blocking_seconds=statistics.fmean(s["blocking_seconds"] for s in saves) if saves else None,
-        save_seconds=statistics.fmean(s["seconds"] for s in saves) if saves else None,
+        blocking_seconds=statistics.median(s["blocking_seconds"] for s in saves) if saves else None,
+        save_seconds=statistics.median(s["seconds"] for s in saves) if saves else None,
         tokens_per_step=plan["tokens_per_step"],
         ranks=ranks,
+        nodes=plan["nodes"],
     )
+
+
+def follows(before: dict[str, Any], after: dict[str, Any]) -> bool:
+    """Whether one step record comes right after another: neither a restart in place nor a roll-back lies between."""
+    return after["restart"] == before["restart"] and after["step"] == before["step"] + 1
+
+
+def gap_between(before: dict[str, Any], after: dict[str, Any]) -> float:
+    """Seconds between the end of one step and the beginning of the next."""
+    return float(after["time"] - after["step_seconds"] - before["time"])
 
 
 def bounds_of(attempt: AttemptPaths) -> tuple[float | None, float | None]:

@@ -41,7 +41,7 @@ class Measured:
     steps: int
     """Counted."""
     step_seconds: float
-    """Mean of a step, what lies between two steps included."""
+    """Median of a step, what lies between two steps included."""
     flops_per_second: float
     """Of one rank, within steps."""
     startup_seconds: float | None
@@ -56,6 +56,7 @@ class Measured:
     """Of a save until its commit."""
     tokens_per_step: int
     ranks: int
+    nodes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +168,9 @@ def foresee(
     ]
     undisturbed = whole_seconds(run, step, startup, saving, measured)
     limit = place.limit_seconds if place.limit_seconds and math.isfinite(place.limit_seconds) else None
-    left = share_of_jobs(limit or math.inf, startup_seconds=startup, stop_seconds=2 * saving[1] if saving else 0.0)
+    stop = 2 * saving[1] if saving else 0.0
+    one_job = undisturbed is not None and limit is not None and undisturbed <= limit
+    left = share_of_jobs(math.inf if one_job or not limit else limit, startup_seconds=startup, stop_seconds=stop)
     wall = stretched(undisturbed, ettrs[0], interval, saving[0] if saving else 0.0, left)
     ettr, best_ettr = (each * left if each is not None else None for each in ettrs)
     achieved = flops / step / run.world_size if flops and step else None
@@ -224,7 +227,9 @@ def step_seconds(
             seconds = flops / (measured.flops_per_second * run.world_size)
         else:
             seconds = measured.step_seconds * run.tokens_per_step / measured.tokens_per_step
-        return seconds, f"measured by {measured.source}, {measured.steps:,} steps"
+        elsewhere = run.world_size != measured.ranks  # where start and pauses may take another time
+        ranks = f" on {measured.ranks:,} ranks, for {run.world_size:,}" if elsewhere else ""
+        return seconds, f"measured by {measured.source}, {measured.steps:,} steps{ranks}"
     if flops and place.gpu:
         rate = place.expected_mfu * ACCELERATORS[place.gpu].bf16_flops
         return flops / (rate * run.world_size), f"assumed: {place.expected_mfu:.0%} of {place.gpu}'s peak"
@@ -235,9 +240,15 @@ def step_seconds(
 
 
 def save_costs(run: RunConfig, size: ModelSize | None, measured: Measured | None) -> tuple[float, float] | None:
-    """(seconds for which a checkpoint blocks training, seconds until it is one); None: not known."""
+    """(seconds for which a checkpoint blocks training, seconds until it is one); None: not known.
+
+    What was measured on another number of nodes is scaled by the bytes that each writes, and what blocks while a rank
+    copies its state by the bytes of a rank: the model is the same, and so are the bytes of all.
+    """
     if measured and measured.blocking_seconds is not None and measured.save_seconds is not None:
-        return measured.blocking_seconds, max(measured.blocking_seconds, measured.save_seconds)
+        by_node, by_rank = measured.nodes / run.nodes, measured.ranks / run.world_size
+        blocking = measured.blocking_seconds * (by_rank if run.config.training.async_save else by_node)
+        return blocking, max(blocking, measured.save_seconds * by_node)
     if size is None:
         return None
     nbytes = size.checkpoint_bytes(run.config.training.optimizer)

@@ -11,6 +11,7 @@ from encdec.flops import ACCELERATORS, accelerator_in
 from encdec.training.run_config import RunConfig
 from launchers.cluster_file import ClusterFile
 from launchers.launch_options import launch_options
+from launchers.names import find_run
 from launchers.planning.calibration import EarlierRuns, calibrate_from
 from launchers.planning.feasibility import Finding, bad_choices, job_limit_seconds, refused_by, require_feasible
 from launchers.planning.forecast import Place, foresee
@@ -57,6 +58,7 @@ def foreseen(prospects: Sequence[Prospect], arguments: Namespace, *, inside_job:
 
     Raises:
         ConfigError: a new one cannot work where it is to run; or --calibrate-from names no run that fits.
+        RunDirectoryError: --calibrate-from gives a path of something else.
     """
     on_slurm = prospects[0].plan.cluster == "slurm"
     limits = read_limits(arguments.sbatch) if on_slurm and not inside_job else Limits()
@@ -77,7 +79,7 @@ def look_ahead(prospect: Prospect, arguments: Namespace, limits: Limits, earlier
     place = place_of(run, plan, arguments, limits)
     bare = plan.with_forecast(foresee(run, place, options, sharding=plan.sharding), ())
     named, known = getattr(arguments, "calibrate_from", None), bare.to_mapping()
-    measured = calibrate_from(known, RunPaths(named.absolute())) if named else earlier.calibrate(known)
+    measured = calibrate_from(known, find_run(named, ROOT)) if named else earlier.calibrate(known)
     forecast = foresee(run, place, options, sharding=plan.sharding, measured=measured)
     findings = bad_choices(run, plan, forecast, options, memory_is_certain=memory_is_named(arguments.cluster_file))
     if request:

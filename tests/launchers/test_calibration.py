@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,64 @@ def test_damaged_records_measure_nothing(tmp_path: Path):
     assert EarlierRuns([tmp_path]).calibrate(plan()) is None
 
 
+def rewritten(paths: RunPaths, change: Callable[[dict[str, Any]], dict[str, Any]]) -> RunPaths:
+    """With other step records."""
+    file = paths.attempt(0).steps
+    changed = [change(step) for step in list(read_json_lines(file))]
+    file.unlink()
+    with JsonLinesWriter(file) as writer:
+        for step in changed:
+            writer.write(step)
+    return paths
+
+
+def test_what_lies_between_steps_across_a_restart_is_neither_step_nor_pause(tmp_path: Path):
+    def restarted(step: dict[str, Any]) -> dict[str, Any]:
+        """Started again in place after step 10, where it had been evaluated, back at step 9."""
+        late = step["step"] > 10
+        return step | ({"step": step["step"] - 2, "restart": 1, "time": step["time"] + 600} if late else {})
+
+    found = measure(rewritten(record(tmp_path / "run", steps=12), restarted))
+    assert found is not None
+    assert (found.step_seconds, found.pause_seconds) == (pytest.approx(STEP + GAP), pytest.approx(PAUSE))
+
+    def rolled_back(step: dict[str, Any]) -> dict[str, Any]:
+        return restarted(step) | {"restart": 0}
+
+    found = measure(rewritten(record(tmp_path / "rolled-back", steps=12), rolled_back))
+    assert found is not None and found.pause_seconds == pytest.approx(PAUSE)
+
+
+def test_a_few_slow_steps_do_not_move_the_step(tmp_path: Path):
+    slow = {6, 12, 18}
+
+    def stalled(step: dict[str, Any]) -> dict[str, Any]:
+        longer = 100.0 * sum(each <= step["step"] for each in slow)
+        return step | {"time": step["time"] + longer, "step_seconds": STEP + 100.0 * (step["step"] == 12)}
+
+    found = measure(rewritten(record(tmp_path / "run"), stalled))
+    assert found is not None and found.step_seconds == pytest.approx(STEP + GAP)
+
+
+@pytest.mark.parametrize("damage", ["chain", "chain folder", "steps folder", "endless step", "tokens in words"])
+def test_damage_in_another_run_measures_nothing_and_refuses_nothing(tmp_path: Path, damage: str):
+    paths = record(tmp_path / "chain-1" / "sanity_check" if damage.startswith("chain") else tmp_path / "run")
+    if damage == "chain":
+        (tmp_path / "chain-1" / "chain.json").write_text("{")
+    elif damage == "chain folder":
+        (tmp_path / "chain-1" / "chain.json").mkdir()
+    elif damage == "steps folder":
+        paths.attempt(0).steps.unlink()
+        paths.attempt(0).steps.mkdir()
+    elif damage == "endless step":
+        rewritten(paths, lambda step: step | {"step_seconds": math.inf})
+    else:
+        atomic_write_json(paths.plan, {**plan(), "tokens_per_step": "many"})
+    assert EarlierRuns([tmp_path]).calibrate(plan()) is None
+    record(tmp_path / "whole")
+    assert EarlierRuns([tmp_path]).calibrate(plan()).source == "whole"  # type: ignore[union-attr]
+
+
 def test_most_similar_run_of_the_same_model_is_taken(tmp_path: Path):
     record(tmp_path / "other-lengths", sample_length=96)
     record(tmp_path / "same")
@@ -104,6 +164,18 @@ def test_run_that_is_named_must_fit(tmp_path: Path):
         calibrate_from(plan(), RunPaths(tmp_path / "nowhere"))
     with pytest.raises(ConfigError, match="attempt of 7 steps"):
         calibrate_from(plan(), record(tmp_path / "short", steps=3))
+
+
+def test_a_run_may_be_named_by_its_beginning(twin: RunPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    Path("runs/measured-before").symlink_to(twin.root)
+    arguments = ["--phase", "sanity_check", "--config", str(MICRO), "--cluster", "local", "--dry-run", "--json"]
+    assert main([*arguments, "--calibrate-from", "measured"]) == 0
+    [foreseen] = json.loads(capsys.readouterr().out)
+    assert foreseen["forecast"]["basis"].startswith("measured by measured-before")
+    assert main([*arguments, "--calibrate-from", "mesured-before"]) == 78
+    assert "Did you mean measured-before?" in capsys.readouterr().err
 
 
 def test_real_run_foresees_itself(twin: RunPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):

@@ -14,7 +14,7 @@ from encdec.files import RunPaths, atomic_write_json
 from encdec.gates import Evidence
 from encdec.records import JobRecord, JsonLinesWriter, Outcome, read_json_lines
 from encdec.training.execution import StartingPoint, TrainingPhase
-from encdec.training.promotion import GateFile, Origin, require_passed
+from encdec.training.promotion import GateFile, Origin, gate_path, require_passed
 from encdec.training.run_config import RunConfig
 from launchers import slurm
 from launchers.arguments import parse_submit
@@ -213,6 +213,24 @@ def test_later_submission_adds_phases_and_forgets_none(chain: Asked):
     RunPaths(chain.root / "full").make()
     write_chain(chain.root, {FULL: chain.root / "full"}, in_one_allocation=True)
     assert list(runs_of(chain.root)) == [SANITY, VALIDATION, MEDIUM, FULL]
+
+
+def test_damage_in_another_run_proves_nothing_and_refuses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    alone = ask("--phase", "sanity_check").links[0]
+    alone.paths.make()
+    gate(alone.run).write(alone.paths)
+    file = gate_path(alone.paths, SANITY)
+    file.write_text("{")
+    other = ask("--phase", "validation").links[0]
+    assert other.paths.root != alone.paths.root
+    file.unlink()
+    file.mkdir()
+    assert ask("--phase", "validation").links[0].paths.root == other.paths.root
+    healthy = tmp_path / "runs" / "chain-zz" / "sanity_check"
+    RunPaths(healthy).make()
+    gate(alone.run).write(RunPaths(healthy))
+    assert ask("--phase", "validation").links[0].paths.root == healthy
 
 
 def test_first_phase_that_was_run_alone_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -99,6 +99,33 @@ def test_short_values_and_names_of_files_mask_nothing():
     assert redact("the abcdefg", secrets_in(environment)) == "the ***g"
 
 
+def test_numbers_are_secrets_only_where_they_are_named():
+    environment = {"API_TOKEN": "20260101", "A_PASS": "abcdefg", "GH_PAT": "hijklmn", "TEAM_WEBHOOK": "opqrstu"}
+    assert sorted(secrets_in(environment)) == ["abcdefg", "hijklmn", "opqrstu"]
+    assert "20260101" in secrets_in(environment, named=["API_TOKEN"])
+    assert "20260101" in secrets_in({**environment, NAMED_SECRETS: "API_TOKEN"})
+
+
+def test_passwords_in_addresses_are_masked():
+    assert redact("see postgres://me:p@ss:w0rd@db:5432/x", []) == "see postgres://me:***@db:5432/x"
+    harmless = '{"at": "http://10.0.0.1:9400","mail":"a@b"} https://me@host/a:b@c http://h:80?to=a@b'
+    assert redact(harmless, []) == harmless
+
+
+def test_the_addresses_of_notifications_are_not_said_either(tmp_path: Path):
+    environment = {"LAB_NOTIFY": f"mailto://x {VALUE}"}
+    env_secrets.take_over(RunPaths(tmp_path), environment, notify_env="LAB_NOTIFY")
+    assert VALUE in secrets_in(environment)
+
+
+@pytest.mark.parametrize("flags", ["job_env", "job_script"])
+def test_inside_a_job_accounting_that_shows_environments_is_a_warning(play: Callable[..., None], capsys, flags: str):
+    play("scontrol", f"AccountingStoreFlags    = {flags}\n")
+    env_secrets.warn_of_accounting(["HF_TOKEN"])
+    output = capsys.readouterr()
+    assert ("HF_TOKEN" in output.err) == (flags == "job_env") and output.out == ""  # stdout is the run directory
+
+
 # ---- what others can read
 
 

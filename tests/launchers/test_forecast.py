@@ -35,6 +35,7 @@ HERE = Place(on_slurm=False, gpu_memory_gb=8.0)
 MEASURED = Measured(
     source="before", steps=100, step_seconds=0.5, flops_per_second=1e9, startup_seconds=6.0, pause_seconds=2.0,
     finish_seconds=3.0, blocking_seconds=0.1, save_seconds=0.4, tokens_per_step=384, ranks=2,
+    nodes=1,
 )  # fmt: skip
 
 
@@ -63,6 +64,27 @@ def test_speed_measured_on_other_ranks_is_scaled_by_flops():
     forecast = foreseen(run, HERE, replace(MEASURED, flops_per_second=2e9))
     assert forecast.flops_per_step is not None
     assert forecast.step_seconds == pytest.approx(forecast.flops_per_step / 2e9 / 2)
+
+
+def test_what_was_measured_on_few_ranks_is_scaled_and_says_so():
+    run = resolved(nodes=4)
+    assert (run.nodes, run.world_size) == (4, 8)
+    forecast = foreseen(run, HERE, MEASURED)
+    assert (forecast.blocking_seconds, forecast.save_seconds) == (pytest.approx(0.1 / 4), pytest.approx(0.4 / 4))
+    assert forecast.basis == "measured by before, 100 steps on 2 ranks, for 8"
+    at_once = foreseen(resolved("training.async_save=false", nodes=4), HERE, replace(MEASURED, ranks=8))
+    assert at_once.blocking_seconds == pytest.approx(0.1 / 4)
+    assert at_once.basis == "measured by before, 100 steps"
+
+
+def test_a_run_that_fits_into_one_job_is_not_stretched_by_its_limit():
+    run, never = resolved(), replace(HERE, failures_per_thousand_node_days=0.0)
+    whole = foreseen(run, never, MEASURED).training_hours
+    assert whole is not None
+    fits, cut = (foreseen(run, replace(never, limit_seconds=3600 * whole * part), MEASURED) for part in (1.01, 0.7))
+    assert fits.wall_hours == pytest.approx(foreseen(run, never, MEASURED).wall_hours)
+    assert fits.attempts == 1 and cut.attempts is not None and cut.attempts > 1
+    assert cut.wall_hours > 1.05 * fits.wall_hours  # type: ignore[operator]
 
 
 def test_without_a_measurement_hours_are_known_only_of_a_known_gpu():

@@ -12,8 +12,10 @@ import pytest
 
 from encdec.files import RunPaths
 from encdec.records import Outcome, read_json_lines
-from launchers.nodes.telling import chain_messages, end_messages
-from tests.conftest import Lab, ranks_of, wait_until
+from encdec.training.execution import TrainingPhase
+from encdec.training.run_config import resolve_run
+from launchers.nodes.telling import chain_messages, end_messages, tell_end
+from tests.conftest import MICRO, Lab, ranks_of, wait_until
 from tests.encdec.training.inbox_lab import SECRET, VARIABLE, Inbox, an_inbox
 
 CRASH = Outcome(cause="crash", exit_code=1, step=7, checkpoint=None, message="rank 1 ended by SIGKILL")
@@ -38,6 +40,9 @@ CASES = {
         BAD_NODE, decided("elsewhere"), False, "full-1: crashed again and again on one node",
         "a successor goes on without n3",
     ),
+    "crash while time ran out": (
+        CRASH, decided("leave"), False, "full-1: crashed", "Slurm starts it again, or a successor that waits",
+    ),
     "given up": (
         STOPPED, decided("stop", given_up="100 attempts"), True, "full-1: given up after 100 attempts",
         "step 7: stopped by SIGUSR2; nothing continues it by itself any more",
@@ -61,6 +66,26 @@ def test_what_rank_0_has_told_is_not_told_again():
 
 def test_a_run_alone_has_no_chain(tmp_path: Path):
     assert chain_messages(RunPaths(tmp_path), CRASH, None) == []
+
+
+def test_nothing_that_goes_wrong_reaches_the_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setenv(VARIABLE, SECRET)
+    paths = RunPaths(tmp_path)
+    ledger = paths.attempt(0).events("node-0")
+    ledger.mkdir(parents=True)  # damaged: no file
+    told, untold = (
+        resolve_run(TrainingPhase("full"), config_file=MICRO, settings=settings)
+        for settings in ([f"infra.notify_env={VARIABLE}"], [])
+    )
+    tell_end(paths, untold, 0, CRASH, hurried=True)
+    assert capsys.readouterr().err == ""  # nor is it read
+    tell_end(paths, told, 0, CRASH, hurried=True)
+    assert "nobody is told" in capsys.readouterr().err
+    ledger.rmdir()
+    ledger.write_bytes(b"[" * 100_000)  # which Python's parser answers with a RecursionError
+    tell_end(paths, told, 0, CRASH, hurried=True)
+    error = capsys.readouterr().err
+    assert "nobody is told" in error and SECRET not in error
 
 
 # ---- real runs

@@ -6,6 +6,7 @@ header of seven bytes that belongs to the first block. W&B's process writes it s
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,12 +62,17 @@ def row_of(record: Any) -> dict[str, str] | None:
 
 
 def last_step(folder: Path) -> int:
-    """The last step of which the files below ``folder`` have a row; 0: none."""
-    last = 0
-    for file in folder.rglob("*.wandb"):
+    """The last step of which the files below ``folder`` have a row, as far as they can be read; 0: none."""
+    return max((step for file in folder.rglob("*.wandb") for step in _steps_at_the_end(file)), default=0)
+
+
+def _steps_at_the_end(file: Path) -> Iterator[int]:
+    """The steps of the newest rows of a file; a damaged one, of an attempt that is over, ends where it is damaged."""
+    from google.protobuf.message import DecodeError
+
+    with contextlib.suppress(DecodeError, OSError, ValueError):
         blocks = file.stat().st_size // BLOCK
         for record in read_records(file, from_block=max(0, blocks - BLOCKS_OF_AN_END)):
             row = row_of(record)
-            if row and row.get("_step", "").isdigit():
-                last = max(last, int(row["_step"]))
-    return last
+            if row and row.get("_step", "").isdecimal():
+                yield int(row["_step"])

@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+from google.protobuf.message import DecodeError
 
 from encdec.files import RunPaths
 from encdec.records import StepRecord, read_steps
@@ -20,7 +21,14 @@ from encdec.training.run_config import resolve_run
 from encdec.training.tracking.backends import LONGEST_RUN_ID, kept_run_id
 from encdec.training.tracking.observer import SECONDS_TO_FLUSH_HURRIED, TrackerObserver
 from encdec.training.tracking.speed import step_seconds_at_peak
-from encdec.training.tracking.wandb_files import BLOCK, last_step
+from encdec.training.tracking.wandb_files import (
+    BLOCK,
+    FULL,
+    HEADER_OF_A_CHUNK,
+    HEADER_OF_A_FILE,
+    last_step,
+    read_records,
+)
 from tests.conftest import MICRO, REPOSITORY, Lab, losses, wait_for_step, wait_until
 from tests.encdec.training.tracker_lab import (
     tensorboard_curve,
@@ -183,6 +191,21 @@ def test_the_last_step_of_a_torn_file_is_found(paths: RunPaths, cut: int):
     whole = [step for step, _ in wandb_curve(paths.root, "train/loss")]
     assert whole == list(range(1, len(whole) + 1)) and (len(whole) == 400) == (cut < 2)
     assert last_step(paths.root) == len(whole)
+
+
+def test_a_damaged_file_of_an_earlier_attempt_costs_its_own_rows_alone(paths: RunPaths):
+    attempt("wandb", paths, range(1, 5))
+    [file] = wandb_files(paths.root)
+    attempt("wandb", paths, range(5, 9))
+    [later] = set(wandb_files(paths.root)) - {file}
+    header = HEADER_OF_A_CHUNK.pack(0, 4, FULL)
+    later.write_bytes(later.read_bytes()[:HEADER_OF_A_FILE] + header + b"\xff" * 4)
+    with pytest.raises(DecodeError):
+        list(read_records(later))
+    assert last_step(paths.root) == 4
+    later.unlink()
+    later.mkdir()
+    assert last_step(paths.root) == 4
 
 
 def test_only_the_end_of_a_long_file_is_read(paths: RunPaths, monkeypatch: pytest.MonkeyPatch):
