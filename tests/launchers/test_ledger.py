@@ -266,6 +266,24 @@ def test_time_between_attempts_is_queue_wait_where_something_waits(script: Scrip
     assert told(ledger) == {Part.QUEUE: 20 + 20, Part.DOWN: 30, Part.CLOSING: 30}
 
 
+def test_time_after_a_lost_node_is_queue_wait_where_something_waits(script: ScriptedRun):
+    """Slurm requeues the job itself, or the job had queued its successor; none of them has left a last word."""
+    script.submitted(0)
+    script.attempt(0)
+    script.steps(range(1, 11), since=0)
+    script.attempt(110)
+    script.node("successor_queued", 111, job="8")
+    script.steps(range(11, 21), since=110)
+    script.attempt(320, job="8")
+    script.steps(range(21, 31), since=320)
+    script.submitted(430)
+    script.attempt(440, job="9")
+    script.steps(range(31, 41), since=440)
+    totals = ledger_of(script.paths, over=False).totals
+    assert totals[Part.QUEUE] == pytest.approx(100 + 200 + 10)
+    assert totals[Part.DOWN] == pytest.approx(100)
+
+
 def test_run_in_the_queue_waits_until_now(script: ScriptedRun):
     script.submitted(0)
     ledger = ledger_of(script.paths, now=3600)
