@@ -28,7 +28,7 @@ PART_OF_MARK: Mapping[str, Part] = {
 
 
 def account(story: RunStory, *, over: bool, now: float | None = None) -> Ledger:
-    """Split a run's time.
+    """Split a run's time. Attempts that have left no time at all have no part in it.
 
     Args:
         over: nothing of the run is running: what its newest attempt did after the newest checkpoint is lost.
@@ -36,12 +36,15 @@ def account(story: RunStory, *, over: bool, now: float | None = None) -> Ledger:
     """
     book = _Book(story.began)
     lost = lost_steps(story, over=over)
-    for number, attempt in enumerate(story.attempts):
-        _wait(book, story, story.attempts[number - 1] if number else None, attempt.began)
-        book.limit = story.attempts[number + 1].began if number + 1 < len(story.attempts) else np.inf
-        _run(book, attempt, lost[number])
+    known = [(attempt, its_lost) for attempt, its_lost in zip(story.attempts, lost, strict=True) if attempt.began > 0]
+    before: AttemptStory | None = None
+    for number, (attempt, its_lost) in enumerate(known):
+        _wait(book, story, before, attempt, attempt.began)
+        book.limit = known[number + 1][0].began if number + 1 < len(known) else np.inf
+        _run(book, attempt, its_lost)
+        before = attempt
     if now is not None:
-        _wait(book, story, story.attempts[-1] if story.attempts else None, now)
+        _wait(book, story, before, None, now)
     count = int(sum(its_lost.sum() for its_lost in lost))
     return Ledger(
         began=story.began, ended=book.now, spans=book.spans, interruptions=book.interruptions(over=over),
@@ -123,12 +126,22 @@ class _End:
     lost_steps: int
 
 
-def _wait(book: _Book, story: RunStory, before: AttemptStory | None, until: float) -> None:
+def _wait(
+    book: _Book, story: RunStory, before: AttemptStory | None, following: AttemptStory | None, until: float
+) -> None:
     """The time after an attempt: in the queue from when something of the run is known to be there."""
-    if before is not None and (before.ended is None or not before.queued):
+    if before is not None and not _in_queue(before, following):
         asked = [moment for moment in story.submissions if book.now <= moment <= until]
         book.until(min(asked, default=until), Part.DOWN)
     book.until(until, Part.QUEUE)
+
+
+def _in_queue(before: AttemptStory, following: AttemptStory | None) -> bool:
+    """Whether the queue held something of the run as soon as an attempt was over: what its job had asked for, or the
+    job itself, which Slurm requeues after its node has failed.
+    """
+    again = following is not None and following.job is not None and following.job == before.job
+    return before.queued or again
 
 
 def _run(book: _Book, attempt: AttemptStory, lost: np.ndarray) -> None:

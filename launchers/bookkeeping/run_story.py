@@ -60,7 +60,7 @@ class AttemptStory:
     host: str | None
     job: str | None
     began: float
-    """When its process began to load the launcher; else its first sign of life."""
+    """When its process began to load the launcher; else its first sign of life; 0 where there is none."""
     marks: Sequence[Mark]
     """In order of time."""
     steps: Steps
@@ -114,7 +114,8 @@ def read_story(paths: RunPaths, run: RunConfig) -> RunStory:
     attempts = [read_attempt(number, paths.attempt(number)) for number in paths.attempt_numbers()]
     told = list(timed(read_json_lines(paths.events)))
     submissions = [event["time"] for event in told if event["event"] == "submitted"]
-    signs = submissions or [*(event["time"] for event in told), *(attempt.began for attempt in attempts)]
+    begun = [attempt.began for attempt in attempts if attempt.began > 0]
+    signs = submissions or [*(event["time"] for event in told), *begun]
     if not signs:
         raise RunDirectoryError(
             "A run's records say when it was submitted, or when an attempt of it began",

@@ -22,6 +22,8 @@ TROUBLES = {
     "rank_failed": "{detail}",
 }
 """Entries of an attempt's ledgers that somebody should see, and what they say of themselves."""
+WORDS = TROUBLES | {"gate_not_passed": "{message}", "stopped_early": "{reason}"}
+"""Those and the entries that end an attempt as it was meant to end."""
 MOST_TROUBLES = 5
 
 
@@ -141,13 +143,13 @@ def troubles(ledger: Iterable[Mapping[str, Any]]) -> list[Trouble]:
 
 
 def trouble(record: Mapping[str, Any]) -> Trouble:
-    """An entry of a ledger as a person is told of it; facts that it lacks are shown as such."""
+    """An entry of a ledger, of a kind in WORDS, as a person is told of it; facts that it lacks are shown as such."""
     kind, moment = str(record.get("event")), record.get("time")
     return Trouble(
         kind=str(record.get("type")) if kind == "alert" else kind,
         time=moment if isinstance(moment, int | float) else None,
         step=whole(record.get("step", record.get("from_step"))),
-        message=TROUBLES[kind].format_map(defaultdict(lambda: "?", record)),
+        message=WORDS[kind].format_map(defaultdict(lambda: "?", record)),
     )
 
 

@@ -9,8 +9,10 @@ from markupsafe import Markup
 
 from encdec.records import STEP_FIELDS
 from launchers.bookkeeping.ledger import GROUPS, Part
+from launchers.bookkeeping.run_story import is_number
 from launchers.views.account import WORDS
 from launchers.views.charts import Note, chart
+from launchers.views.history import trouble
 from launchers.views.retrospect import Retrospect
 from launchers.views.timeline import bars, percent, ticks
 from launchers.views.units import compact, duration, moment, share
@@ -65,7 +67,7 @@ def facts(found: Retrospect, *, now: float) -> dict[str, Any]:
     alert_notes = [
         Note(float(alert["step"]), clean(f"attempt {attempt}: {alert.get('message')}"))
         for attempt, alert in alerts
-        if isinstance(alert.get("step"), int)
+        if is_number(alert.get("step"))
     ]
     starts = found.starts()
     return {
@@ -99,8 +101,8 @@ def facts(found: Retrospect, *, now: float) -> dict[str, Any]:
         ],
         "all_bars": bars(ledger.spans, ledger),
         "ticks": ticks(ledger),
-        "alerts": alerts[-MOST_ALERTS:],
-        "turns": turns[-MOST_TURNS:],
+        "alerts": [(attempt, trouble(alert)) for attempt, alert in alerts[-MOST_ALERTS:]],
+        "turns": [(attempt, trouble(turn)) for attempt, turn in turns[-MOST_TURNS:]],
         "charts": [(curve, Markup(chart(curve, starts=starts, alerts=alert_notes))) for curve in found.curves()],
         "left_out": {
             "attempts": max(0, len(attempts) - MOST_ATTEMPTS), "alerts": max(0, len(alerts) - MOST_ALERTS),

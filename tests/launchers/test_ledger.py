@@ -266,6 +266,24 @@ def test_time_between_attempts_is_queue_wait_where_something_waits(script: Scrip
     assert told(ledger) == {Part.QUEUE: 20 + 20, Part.DOWN: 30, Part.CLOSING: 30}
 
 
+def test_time_after_a_lost_node_is_queue_wait_where_something_waits(script: ScriptedRun):
+    """Slurm requeues the job itself, or the job had queued its successor; none of them has left a last word."""
+    script.submitted(0)
+    script.attempt(0)
+    script.steps(range(1, 11), since=0)
+    script.attempt(110)
+    script.node("successor_queued", 111, job="8")
+    script.steps(range(11, 21), since=110)
+    script.attempt(320, job="8")
+    script.steps(range(21, 31), since=320)
+    script.submitted(430)
+    script.attempt(440, job="9")
+    script.steps(range(31, 41), since=440)
+    totals = ledger_of(script.paths, over=False).totals
+    assert totals[Part.QUEUE] == pytest.approx(100 + 200 + 10)
+    assert totals[Part.DOWN] == pytest.approx(100)
+
+
 def test_run_in_the_queue_waits_until_now(script: ScriptedRun):
     script.submitted(0)
     ledger = ledger_of(script.paths, now=3600)
@@ -303,7 +321,31 @@ def test_phase_of_a_chain_does_not_account_for_the_one_before(script: ScriptedRu
     assert (ledger.began, ledger.wall) == (ZERO + 500, pytest.approx(30))
 
 
+@pytest.mark.parametrize("submitted", [True, False])
+@pytest.mark.parametrize("place", ["first", "middle", "newest"])
+def test_empty_attempt_takes_no_time_from_the_others(script: ScriptedRun, place: str, submitted: bool):
+    """The machine may end between the attempt's folder and its first word."""
+    if submitted:
+        script.submitted(0)
+    for name in ("first", "middle", "newest"):
+        if name == place:
+            script.paths.claim_attempt()
+        elif name == "first" or (name, place) == ("middle", "first"):
+            script.attempt(0)
+            script.steps(range(1, 11), since=0)
+            script.ended("signalled", 10, step=10, requeued=True)
+        else:
+            script.attempt(30)
+            script.steps(range(11, 21), since=30)
+    ledger = ledger_of(script.paths, over=False)
+    assert told(ledger) == {Part.TRAINING: 20, Part.QUEUE: 20}
+    assert (ledger.began, ledger.wall) == (ZERO, pytest.approx(40))
+
+
 def test_run_of_which_nothing_is_known_is_refused(script: ScriptedRun):
+    with pytest.raises(RunDirectoryError, match="submitted, or when an attempt"):
+        ledger_of(script.paths)
+    script.paths.claim_attempt()
     with pytest.raises(RunDirectoryError, match="submitted, or when an attempt"):
         ledger_of(script.paths)
 

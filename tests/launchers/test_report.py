@@ -148,6 +148,23 @@ def test_hostile_words_stay_words(story: Story, tmp_path: Path):
     assert not [character for character in text if not character.isprintable() and not character.isspace()]
 
 
+def test_every_turn_is_told_in_its_own_words(story: Story):
+    """The facts of each kind are those that the trainer writes: not all of them have a message."""
+    run = write_run(story.paths)
+    run.rank("rolled_back", 590, number=1, cause="loss spike", from_step=180, to_step=150, lr_factor=0.5)
+    run.rank("save_failed", 591, step=200, reason="disk full", checkpoint="step-150")
+    run.rank("stopped_early", 592, step=210, reason="no better evaluation for 3 times")
+    run.rank("gate_not_passed", 593, step=211, message="perplexity is 1200", gates=["perplexity"])
+    run.rank("alert", 594, type="bare")
+    run.rank("alert", 595, step=int("9" * 400))
+    told = " ".join("".join(parse(page_of(story.paths)).itertext()).split())
+    for words in (
+        "from step 180 to step 150: loss spike", "no checkpoint of step 200: disk full",
+        "no better evaluation for 3 times", "perplexity is 1200", "bare",
+    ):  # fmt: skip
+        assert words in told
+
+
 def test_page_of_a_run_that_failed_all_the_time_stays_small(story: Story):
     run = ScriptedRun(story.paths)
     run.submitted(0)
