@@ -143,6 +143,17 @@ def test_look_without_news_reads_nothing_again(runs: Path, clock: Clock, play: P
     assert memory.reads == before[0] + 1  # the attempt, and neither run.yaml nor the rest
 
 
+def test_attempt_before_speaks_until_the_newest_has_a_step(runs: Path):
+    story = on_slurm(runs, "medium-1", "12")
+    steps(story, 1, 50, ended=90.0)
+    story.end("signalled", 75)
+    story.attempt("12")
+    vitals = seen(runs, Listing({"12": JobState("RUNNING")}, None))["medium-1"].vitals
+    assert (vitals.step, vitals.step_seconds, len(vitals.losses)) == (50, pytest.approx(0.5), 50)
+    steps(story, 46, 47, ended=1.0)
+    assert seen(runs, Listing({}, None))["medium-1"].vitals.step == 47
+
+
 def test_runs_come_and_go(runs: Path, clock: Clock, play: Play):
     observatory = observe(runs, clock)
     assert observatory.look().sights == []
