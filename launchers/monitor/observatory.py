@@ -56,13 +56,20 @@ class Sight:
         return {node: now - beat for node, beat in beats.items() if now - beat > SECONDS_TO_BELIEVE_DEAD}
 
     def seconds_stuck(self, now: float) -> float | None:
-        """Since its last step, while it lives and should have done another long ago; None otherwise."""
-        newest = self.view.records.newest if self.view.records else None
-        if not self.lives or newest is None or newest.last_step is None or self.vitals.time is None:
+        """Since its last step, while it lives and should have done another long ago; None otherwise.
+
+        A checkpoint and an entry of rank 0's ledger are signs of progress, too: saves and evaluations take their time.
+        After the last step there is no other to wait for: the last save, the evaluation and the gate come then.
+        """
+        records, step = self.view.records, self.vitals.time
+        newest = records.newest if records else None
+        if not self.lives or records is None or newest is None or newest.last_step is None or step is None:
+            return None
+        if (self.vitals.step or 0) >= records.total_steps:
             return None
         bound = max(SECONDS_WITHOUT_A_STEP, STEPS_OF_SILENCE * (self.vitals.step_seconds or 0.0))
-        quiet = now - self.vitals.time
-        return quiet if quiet > bound else None
+        progress = max(step, newest.last_entry or 0.0, records.checkpoint_time or 0.0)
+        return now - step if now - progress > bound else None
 
 
 @dataclass(frozen=True, kw_only=True)

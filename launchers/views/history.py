@@ -71,6 +71,8 @@ class AttemptView:
     """Alerts by type, those that were held back included."""
     rollbacks: int = 0
     """Times that training went back to an earlier checkpoint."""
+    last_entry: float | None = None
+    """When rank 0 wrote the newest entry of its ledger, seconds since the epoch."""
     newest_troubles: list[Trouble] = field(default_factory=list)
     """The newest MOST_TROUBLES of its alerts, roll-backs, failed saves and failed ranks, oldest first."""
 
@@ -113,6 +115,7 @@ def read_attempt(number: int, paths: AttemptPaths, memory: Memory) -> AttemptVie
         followed=what_followed(ledger),
         alerts=count_alerts(told),
         rollbacks=sum(record.get("event") == "rolled_back" for record in told),
+        last_entry=newest_time(told),
         newest_troubles=troubles([*ledger, *told]),
     )
 
@@ -120,6 +123,12 @@ def read_attempt(number: int, paths: AttemptPaths, memory: Memory) -> AttemptVie
 def files_of(paths: AttemptPaths) -> tuple[Path, ...]:
     """What ``read_attempt`` reads."""
     return paths.process, paths.outcome, paths.events("node-0"), paths.events("rank-0"), paths.steps
+
+
+def newest_time(ledger: Iterable[Mapping[str, Any]]) -> float | None:
+    """Of a ledger's entries, seconds since the epoch; None without one. Pure."""
+    times = (record.get("time") for record in ledger)
+    return max((time for time in times if isinstance(time, int | float)), default=None)
 
 
 def count_alerts(ledger: Iterable[Mapping[str, Any]]) -> dict[str, int]:

@@ -106,6 +106,7 @@ class Pulse:
             if stepped and number < stepped[-1]:
                 self._draw_curve(number)  # all that is of interest of one that another has gone on from
             else:
+                self._take(self._fresh())  # while the newest attempt has no step, the one before says how the run fares
                 self._begin(number)
         self._take(self._fresh())
         return self._vitals()

@@ -29,7 +29,7 @@ from launchers.views.standing import State
 from launchers.views.utilization import read_work
 from tests.conftest import REPOSITORY
 from tests.launchers.conftest import UNREACHABLE, Play, Story, step_record
-from tests.launchers.monitor_scenes import NOW, SCENES, beat, hung_node, on_slurm, steps, tell
+from tests.launchers.monitor_scenes import NOW, SCENES, beat, hung_node, on_slurm, saved, steps, tell
 
 LONG_RUNS = 20
 
@@ -143,6 +143,17 @@ def test_look_without_news_reads_nothing_again(runs: Path, clock: Clock, play: P
     assert memory.reads == before[0] + 1  # the attempt, and neither run.yaml nor the rest
 
 
+def test_attempt_before_speaks_until_the_newest_has_a_step(runs: Path):
+    story = on_slurm(runs, "medium-1", "12")
+    steps(story, 1, 50, ended=90.0)
+    story.end("signalled", 75)
+    story.attempt("12")
+    vitals = seen(runs, Listing({"12": JobState("RUNNING")}, None))["medium-1"].vitals
+    assert (vitals.step, vitals.step_seconds, len(vitals.losses)) == (50, pytest.approx(0.5), 50)
+    steps(story, 46, 47, ended=1.0)
+    assert seen(runs, Listing({}, None))["medium-1"].vitals.step == 47
+
+
 def test_runs_come_and_go(runs: Path, clock: Clock, play: Play):
     observatory = observe(runs, clock)
     assert observatory.look().sights == []
@@ -175,6 +186,28 @@ def test_silent_node_and_missing_steps_are_dangers(runs: Path):
     assert list(sight.silent_nodes(NOW)) == [2]
     assert words.dangers(sight, NOW) == ["node 2 not heard of for 12 min", "no step for 12 min"]
     assert words.count_of_alerts(sight) == 1
+
+
+def test_last_work_after_the_last_step_is_not_stuck(runs: Path):
+    story = on_slurm(runs, "medium-1", "12")
+    steps(story, 1, 59, ended=900.0)
+    listing = Listing({"12": JobState("RUNNING")}, None)
+    assert words.time_left(seen(runs, listing)["medium-1"], NOW) == "stuck"
+    steps(story, 60, 60, ended=890.0)  # the micro sanity check has 60
+    assert words.dangers(seen(runs, listing)["medium-1"], NOW) == []
+
+
+def test_save_and_entry_of_rank_0_are_signs_of_progress(runs: Path):
+    listing = Listing({"12": JobState("RUNNING"), "13": JobState("RUNNING")}, None)
+    saves, tells = on_slurm(runs, "saves", "12"), on_slurm(runs, "tells", "13")
+    for story in (saves, tells):
+        steps(story, 1, 30, ended=900.0)
+    stuck = {name: sight.seconds_stuck(NOW) for name, sight in seen(runs, listing).items()}
+    assert stuck == {"saves": pytest.approx(900.0), "tells": pytest.approx(900.0)}
+    saved(saves, 30, 60.0)
+    tell(tells, "rank-0", "evaluated", 60.0, step=30)
+    assert [sight.seconds_stuck(NOW) for sight in seen(runs, listing).values()] == [None, None]
+    assert [sight.seconds_stuck(NOW + 600.0) for sight in seen(runs, listing).values()] == [pytest.approx(1500.0)] * 2
 
 
 def test_run_that_has_ended_is_in_no_danger(runs: Path):
