@@ -21,10 +21,11 @@ from launchers import slurm
 from launchers.monitor import columns, words
 from launchers.monitor.__main__ import main, parse
 from launchers.monitor.feeds import Events, Log, newest_error, ranks_with_logs
-from launchers.monitor.observatory import Board, Observatory, Sight, SlurmWatch
+from launchers.monitor.observatory import Board, Observatory, Sight
 from launchers.names import runs_under
 from launchers.slurm import JobState, Listing
 from launchers.views.growing_files import Memory
+from launchers.views.slurm_watch import SlurmWatch
 from launchers.views.standing import State
 from launchers.views.utilization import read_work
 from tests.conftest import REPOSITORY
