@@ -123,12 +123,14 @@ def test_slurm_is_asked_once_a_look_however_often_it_is_scraped(story: Story, ru
     assert len(play.calls("squeue")) == 1
 
 
-def test_scrapes_at_the_same_time_ask_slurm_once(story: Story, runs: Path, play: Play):
+def test_scrapes_at_the_same_time_share_a_look(story: Story, runs: Path, play: Play):
     story.attempt("12", steps=range(1, 4))
     story.runs_in("12")
     together = threading.Barrier(4)
+    found = []
 
     def find() -> list[RunPaths]:
+        found.append(story.paths)
         time.sleep(0.2)  # the others come meanwhile
         return [story.paths]
 
@@ -143,7 +145,7 @@ def test_scrapes_at_the_same_time_ask_slurm_once(story: Story, runs: Path, play:
         each.start()
     for each in scrapes:
         each.join()
-    assert len(play.calls("squeue")) == 1
+    assert (len(found), len(play.calls("squeue"))) == (1, 1)
 
 
 def test_accounting_is_asked_once_of_a_job_that_has_ended(story: Story, play: Play):
