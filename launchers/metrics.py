@@ -11,11 +11,15 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from encdec.command_line import Help, Parser, exit_code_of
-from encdec.errors import ConfigError, MissingPrerequisite
+from encdec.errors import ConfigError, EncdecError, MissingPrerequisite
 from encdec.files import RunPaths
 from launchers.names import add_run, find_runs, runs_under
+
+if TYPE_CHECKING:
+    from launchers.views.gauges import Runs  # needs prometheus_client
 
 LEAST_INTERVAL = 1.0
 
@@ -73,33 +77,46 @@ def export(arguments: argparse.Namespace) -> int:
     from launchers.views.gauges import Runs
 
     runs_of(arguments)  # a name that is none is said now
-    registry = CollectorRegistry()
-    registry.register(Runs(lambda: runs_of(arguments), 30.0 if arguments.interval is None else arguments.interval))
+    runs = Runs(lambda: runs_of(arguments), 30.0 if arguments.interval is None else arguments.interval)
     if arguments.port is not None:
+        registry = CollectorRegistry()
+        registry.register(runs)
         with told(f"{arguments.address}:{arguments.port}"):
             start_http_server(arguments.port, arguments.address, registry)
         threading.Event().wait()
-    while True:
-        with told(str(arguments.file)):
-            write(arguments.file, registry)
-        if arguments.interval is None:
-            return 0
+    write(arguments.file, runs)
+    while arguments.interval is not None:
         time.sleep(arguments.interval)
+        try:
+            write(arguments.file, runs)
+        except (EncdecError, OSError) as error:  # it worked before: the trouble may pass
+            print(f"error: {error}", file=sys.stderr, flush=True)
+    return 0
 
 
 def runs_of(arguments: argparse.Namespace) -> list[RunPaths]:
-    """Those that are named, or all below --root."""
-    named = [paths for word in arguments.run for paths in find_runs(word, arguments.root)]
-    return named if arguments.run else runs_under(arguments.root)
+    """Those that are named, each once, or all below --root."""
+    named = {paths.root: paths for word in arguments.run for paths in find_runs(word, arguments.root)}
+    return list(named.values()) if arguments.run else runs_under(arguments.root)
 
 
-def write(file: Path, registry: object) -> None:
-    """Replace ``file`` whole; readable for all, for node_exporter is another user."""
-    from prometheus_client import write_to_textfile
+def write(file: Path, runs: Runs) -> None:
+    """Look, then replace ``file`` whole; readable for all, for node_exporter is another user.
 
+    Raises:
+        EncdecError: the runs cannot be found, or the file takes nothing.
+        OSError: the runs cannot be read.
+    """
+    from prometheus_client import CollectorRegistry, write_to_textfile
+
+    from launchers.views.gauges import Seen
+
+    registry = CollectorRegistry()
+    registry.register(Seen(runs.collect()))  # whose troubles are not those of the file
     before = os.umask(0o022)
     try:
-        write_to_textfile(str(file), registry)  # type: ignore[arg-type]
+        with told(str(file)):
+            write_to_textfile(str(file), registry)
     finally:
         os.umask(before)
 

@@ -10,10 +10,11 @@ from pathlib import Path
 from encdec.command_line import Help, Parser, exit_code_of
 from encdec.errors import ConfigError, MissingPrerequisite
 from encdec.files import RunPaths
-from launchers.monitor.observatory import SECONDS_BETWEEN_SQUEUES, Observatory, SlurmWatch
+from launchers.monitor.observatory import Observatory
 from launchers.monitor.printed import print_once, write_once
 from launchers.names import add_run, find_runs, runs_under
 from launchers.views import show
+from launchers.views.slurm_watch import SECONDS_BETWEEN_SQUEUES, SlurmWatch
 
 LEAST_SECONDS_BETWEEN_SQUEUES = 1.0
 

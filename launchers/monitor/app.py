@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -22,6 +23,8 @@ from launchers.views.overview import RunView
 
 SECONDS_BETWEEN_LOOKS = 2.0
 """At run directories."""
+SECONDS_TO_ANSWER = 10.0
+"""After which run directories that are still being read are said not to answer."""
 SECONDS_OF_A_MESSAGE = 15.0
 COLUMN = "runs"
 """Key of the table's one column."""
@@ -60,7 +63,9 @@ class Monitor(App[None]):
     def __init__(self, observatory: Observatory, *, on_its_own: bool = True) -> None:
         super().__init__()
         self._observatory, self._on_its_own = observatory, on_its_own
-        self._looking = self._leaving = False
+        self._leaving = False
+        self._look_began: float | None = None
+        """Of the look that is under way, by the monotonic clock."""
         self._rows: dict[str, Text] = {}
         self._columns: columns.Fitting = ()
         self.board: Board | None = None
@@ -80,14 +85,18 @@ class Monitor(App[None]):
     # ---- look
 
     def look(self) -> None:
-        """Read the run directories, and ask Slurm if it is time, beside the screen; two looks never overlap."""
-        if self._looking:
+        """Read the run directories, and ask Slurm if it is time, beside the screen; two looks never overlap.
+
+        A file system that hangs holds a look up for long: the head says so.
+        """
+        if self._look_began is not None:
+            self._show_head()
             return
-        self._looking = True
+        self._look_began = time.monotonic()
         in_background(self, self._observatory.look, self._looked)
 
     def _looked(self, board: Board) -> None:
-        self._looking = False
+        self._look_began = None
         if self._leaving:
             return
         self.show(board)
@@ -117,15 +126,21 @@ class Monitor(App[None]):
         return self.screen_stack[0].query_one("#runs", DataTable)
 
     def _show_head(self) -> None:
-        assert self.board is not None
-        trouble = self.board.trouble or self.board.slurm_problem
+        waited = 0.0 if self._look_began is None else time.monotonic() - self._look_began
         head = Text(no_wrap=True, overflow="ellipsis")
-        head.append(words.total_line(self.board), style="bold")
-        head.append(f"   {words.slurm_line(self.board)}", style="bold red" if self.board.slurm_problem else "dim")
-        head.append(f"   {words.states_line(self.board)}")
+        if waited > SECONDS_TO_ANSWER:
+            head.append(words.silence_line(self.board, waited), style="bold red")
+        elif self.board is not None:
+            self._append_totals(head, self.board)
+        self.screen_stack[0].query_one("#head", Static).update(head)
+
+    def _append_totals(self, head: Text, board: Board) -> None:
+        trouble = board.trouble or board.slurm_problem
+        head.append(words.total_line(board), style="bold")
+        head.append(f"   {words.slurm_line(board)}", style="bold red" if board.slurm_problem else "dim")
+        head.append(f"   {words.states_line(board)}")
         if trouble:
             head.append(f": {words.printable(trouble)}", style="red")
-        self.screen_stack[0].query_one("#head", Static).update(head)
 
     def _show_rows(self) -> None:
         """Only what has changed is put on the screen anew."""

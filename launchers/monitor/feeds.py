@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,6 +38,8 @@ class Events:
     def __init__(self, paths: RunPaths) -> None:
         self._paths = paths
         self._ledgers: dict[Path, GrowingFile] = {}
+        self._over: set[int] = set()
+        """Attempts that were read once more after they were over: nobody writes there any more."""
 
     def fresh(self) -> list[str]:
         told = [
@@ -49,9 +51,15 @@ class Events:
 
     def _files(self) -> Iterable[tuple[int | None, str, Path]]:
         yield None, "launcher", self._paths.events
-        for number in self._paths.attempt_numbers():
+        numbers = self._paths.attempt_numbers()
+        for number in numbers:
+            if number in self._over:
+                continue
+            over = is_over(self._paths, number, numbers)  # before it is read
             for file in sorted(self._paths.attempt(number).root.glob("events-*.jsonl")):
                 yield number, file.stem.removeprefix("events-"), file
+            if over:
+                self._over.add(number)
 
 
 class Log:
@@ -93,15 +101,37 @@ def event_line(attempt: int | None, writer: str, record: Mapping[str, Any]) -> s
     return printable(f"{when} {where} {kind}: {facts}" if facts else f"{when} {where} {kind}")
 
 
-def newest_error(paths: RunPaths, attempts: Iterable[int], memory: Memory) -> AttemptError | None:
-    """The first error of the newest attempt in which a rank has failed; None where none has."""
+def is_over(paths: RunPaths, number: int, attempts: Collection[int]) -> bool:
+    """Whether an attempt has an outcome and another has come after it."""
+    return number < max(attempts) and paths.attempt(number).outcome.is_file()
+
+
+def newest_error(
+    paths: RunPaths, attempts: Collection[int], memory: Memory, over: dict[int, FirstError | None]
+) -> AttemptError | None:
+    """The first error of the newest attempt in which a rank has failed; None where none has.
+
+    Args:
+        memory: what has been read of the ledgers before.
+        over: what was found in attempts that are over, by number; those are not looked at again. Added to.
+    """
     for number in sorted(attempts, reverse=True):
-        place = paths.attempt(number)
-        ledgers = tuple(sorted(place.root.glob("events-node-*.jsonl")))
-        found = memory.recall(ledgers, lambda place=place: first_error(place)) if ledgers else None  # type: ignore[misc]
+        if number in over:
+            found = over[number]
+        else:
+            ends = is_over(paths, number, attempts)  # before it is read
+            found = error_of(paths.attempt(number), memory)
+            if ends:
+                over[number] = found
         if found:
             return AttemptError(number, found)
     return None
+
+
+def error_of(attempt: AttemptPaths, memory: Memory) -> FirstError | None:
+    """The first error of an attempt, read again where its nodes' ledgers have changed."""
+    ledgers = tuple(sorted(attempt.root.glob("events-node-*.jsonl")))
+    return memory.recall(ledgers, lambda: first_error(attempt)) if ledgers else None
 
 
 def ranks_with_logs(attempt: AttemptPaths) -> list[int]:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from encdec.errors import EncdecError
 from encdec.files import RunPaths
 from launchers.run_status import SECONDS_TO_BELIEVE_DEAD
-from launchers.slurm import JobState, Listing, list_jobs
+from launchers.slurm import JobState
 from launchers.views.growing_files import Memory
 from launchers.views.overview import RunRecords, RunView, read_or_damage, view
+from launchers.views.slurm_watch import SlurmWatch
 from launchers.views.standing import State
 from launchers.views.utilization import Work, read_work
 from launchers.views.vitals import Pulse, Vitals
 
-SECONDS_BETWEEN_SQUEUES = 30.0
 SECONDS_WITHOUT_A_STEP = 300.0
 STEPS_OF_SILENCE = 20
 """A run is called stuck after this many steps' time without one, and SECONDS_WITHOUT_A_STEP at least."""
@@ -86,40 +85,6 @@ class Board:
     """Why its controller did not answer; None if it did."""
     trouble: str | None = None
     """Why the runs could not be listed."""
-
-
-@dataclass
-class SlurmWatch:
-    """Slurm's words on jobs: one squeue for all of them in ``interval``, however many look.
-
-    Args:
-        interval: least seconds from the end of one question to the next.
-        clock: seconds since the epoch.
-    """
-
-    interval: float = SECONDS_BETWEEN_SQUEUES
-    clock: Callable[[], float] = time.time
-    listing: Listing = field(default_factory=lambda: Listing({}, None))
-    asked: float | None = None
-    """When it was asked last, seconds since the epoch."""
-    _ended: dict[str, JobState] = field(default_factory=dict)
-    _asking: threading.Lock = field(default_factory=threading.Lock)
-
-    def due(self) -> bool:
-        return self.asked is None or self.clock() - self.asked >= self.interval
-
-    def ask_if_due(self, jobs: Iterable[str]) -> bool:
-        """Ask, which may take seconds where the controller is away; whether it was asked. Without jobs nobody is."""
-        wanted = list(dict.fromkeys(jobs))
-        if not wanted or not self.due() or not self._asking.acquire(blocking=False):
-            return False
-        try:
-            self.listing = list_jobs(wanted, ended=self._ended)
-            self._ended = {job: said for job, said in self.listing.states.items() if said.ended}
-            self.asked = self.clock()
-        finally:
-            self._asking.release()
-        return True
 
 
 class Observatory:

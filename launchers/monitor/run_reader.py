@@ -8,6 +8,7 @@ from pathlib import Path
 from encdec.files import RunPaths
 from launchers.monitor import feeds, words
 from launchers.views.growing_files import Memory
+from launchers.views.log_files import FirstError
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class RunReader:
 
     def __init__(self, paths: RunPaths) -> None:
         self._paths, self._memory = paths, Memory()
+        self._over: dict[int, FirstError | None] = {}
         self._choice: Choice | None = None
         self._path: Path | None = None
         self._feed: feeds.Feed | None = None
@@ -53,7 +55,7 @@ class RunReader:
     def look(self, choice: Choice) -> News:
         """The lines that are new of what is chosen; all there are, up to a bound, if that is chosen since now."""
         numbers = self._paths.attempt_numbers()
-        error = feeds.newest_error(self._paths, numbers, self._memory)
+        error = feeds.newest_error(self._paths, numbers, self._memory, self._over)
         number, rank = meant(choice, numbers, error)
         path = feeds.log_of(self._paths, number, rank) if choice.log else None
         anew = self._choice != choice

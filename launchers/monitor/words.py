@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Sequence
 
 from launchers.monitor.observatory import Board, Sight
@@ -132,6 +133,12 @@ def states_line(board: Board) -> str:
 
 def total_line(board: Board) -> str:
     return f"{len(board.sights)} run{'' if len(board.sights) == 1 else 's'}"
+
+
+def silence_line(board: Board | None, waited: float) -> str:
+    """How long the run directories have been asked in vain, seconds, and how old what is shown is for that."""
+    silence = f"run directories do not answer for {waited:.0f} s"
+    return f"{silence}; this is as of {time.strftime('%H:%M:%S', time.localtime(board.now))}" if board else silence
 
 
 def slurm_line(board: Board) -> str:

@@ -6,8 +6,9 @@ A value that is not known is left out. Ages are as of the look; ``*_timestamp_se
 from __future__ import annotations
 
 import math
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -19,7 +20,9 @@ from prometheus_client.registry import Collector
 
 from encdec.files import RunPaths
 from encdec.records import read_last_steps
+from launchers.slurm import JobState
 from launchers.views.overview import RunView, look
+from launchers.views.slurm_watch import SlurmWatch
 from launchers.views.standing import State
 from launchers.views.utilization import read_work
 
@@ -113,7 +116,8 @@ def families(samples: Iterable[Sample]) -> Iterator[Metric]:
 
 
 class Runs(Collector):
-    """Looks at runs when it is asked, but not again within ``interval`` seconds: Slurm is asked once a look.
+    """Looks at runs when it is asked, but not again within ``interval`` seconds of the last look's beginning, however
+    many ask at the same time. A look asks the controller once, and accounting not again of jobs known to have ended.
 
     Args:
         find: the run directories there are.
@@ -121,12 +125,34 @@ class Runs(Collector):
 
     def __init__(self, find: Callable[[], Sequence[RunPaths]], interval: float) -> None:
         self._find, self._interval = find, interval
+        self._slurm = SlurmWatch(interval=0.0, clock=time.monotonic)  # asked at each look: they are seldom enough
+        self._looking = threading.Lock()
         self._looked = -math.inf
         self._samples: list[Sample] = []
 
     def collect(self) -> Iterator[Metric]:
-        if time.monotonic() - self._looked >= self._interval:
-            now = time.time()
-            self._samples = [sample(view, now) for view in look(self._find(), forgiving=True)]
-            self._looked = time.monotonic()
-        return families(self._samples)
+        with self._looking:
+            began = time.monotonic()
+            if began - self._looked >= self._interval:
+                now = time.time()
+                self._samples = [sample(view, now) for view in look(self._find(), forgiving=True, ask=self._ask)]
+                self._looked = began  # only now: after a look that failed the next one is not put off
+            return families(self._samples)
+
+    def _ask(self, jobs: list[str]) -> Mapping[str, JobState]:
+        self._slurm.ask_if_due(jobs)
+        return self._slurm.listing.states
+
+
+class Seen(Collector):
+    """What another collector said.
+
+    Args:
+        metrics: its families.
+    """
+
+    def __init__(self, metrics: Iterable[Metric]) -> None:
+        self._metrics = list(metrics)
+
+    def collect(self) -> Iterator[Metric]:
+        return iter(self._metrics)

@@ -6,7 +6,7 @@ import contextlib
 import os
 import shlex
 import socket
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,8 +101,13 @@ class RunView:
         return f"python -m launchers.status {self.name} says why it ended: {self.standing.words}"
 
 
-def look(runs: Sequence[RunPaths], *, forgiving: bool) -> list[RunView]:
+def look(
+    runs: Sequence[RunPaths], *, forgiving: bool, ask: Callable[[list[str]], Mapping[str, JobState]] = job_states
+) -> list[RunView]:
     """How each of the runs stands; Slurm is asked once for all.
+
+    Args:
+        ask: what Slurm says of these jobs.
 
     Raises:
         EncdecError: one of them is damaged, unless ``forgiving``, which makes that its standing.
@@ -112,7 +117,7 @@ def look(runs: Sequence[RunPaths], *, forgiving: bool) -> list[RunView]:
         for damage in read:
             if isinstance(damage, EncdecError):
                 raise damage
-    states = job_states([job for one in read if isinstance(one, RunRecords) for job in one.jobs])
+    states = ask([job for one in read if isinstance(one, RunRecords) for job in one.jobs])
     return [view(paths, one, states) for paths, one in zip(runs, read, strict=True)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import os
@@ -9,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from encdec.files import RunPaths
 from encdec.records import JsonLinesWriter, read_last_steps
 from launchers import metrics
 from launchers.views.gauges import GAUGES, STATE, Runs
@@ -118,6 +121,77 @@ def test_slurm_is_asked_once_a_look_however_often_it_is_scraped(story: Story, ru
     for _ in range(5):
         list(looks.collect())
     assert len(play.calls("squeue")) == 1
+
+
+def test_scrapes_at_the_same_time_share_a_look(story: Story, runs: Path, play: Play):
+    story.attempt("12", steps=range(1, 4))
+    story.runs_in("12")
+    together = threading.Barrier(4)
+    found = []
+
+    def find() -> list[RunPaths]:
+        found.append(story.paths)
+        time.sleep(0.2)  # the others come meanwhile
+        return [story.paths]
+
+    looks = Runs(find, interval=3600)
+
+    def scrape() -> None:
+        together.wait()
+        list(looks.collect())
+
+    scrapes = [threading.Thread(target=scrape) for _ in range(4)]
+    for each in scrapes:
+        each.start()
+    for each in scrapes:
+        each.join()
+    assert (len(found), len(play.calls("squeue"))) == (1, 1)
+
+
+def test_accounting_is_asked_once_of_a_job_that_has_ended(story: Story, play: Play):
+    story.attempt("12", steps=range(1, 4))
+    story.runs_in("12")
+    play("squeue", "")
+    play("sacct", "12|TIMEOUT\n")
+    looks = Runs(lambda: [story.paths], interval=0.0)
+    for _ in range(3):
+        list(looks.collect())
+    assert (len(play.calls("squeue")), len(play.calls("sacct"))) == (3, 1)
+
+
+def test_run_named_twice_is_one(story: Story, runs: Path, play: Play):
+    story.attempt(steps=range(1, 4))
+    written(runs, "medium-1", "medium-1")
+    lines = (runs.parent / "encdec.prom").read_text().splitlines()
+    assert len([line for line in lines if line.startswith("encdec_run_step{")]) == 1
+
+
+def test_trouble_between_two_writes_passes(story: Story, runs: Path, play: Play, tmp_path: Path):
+    story.attempt(steps=range(1, 4))
+    folder = tmp_path / "collected"
+    folder.mkdir()
+    file = folder / "a.prom"
+    command = [sys.executable, "-m", "launchers.metrics", "--root", str(runs), "--file", str(file), "--interval", "1"]
+    with subprocess.Popen(command, cwd=REPOSITORY, text=True, stderr=subprocess.PIPE) as process:
+        try:
+            wait_until(file.is_file, "the first write")
+            folder.rename(tmp_path / "away")
+            assert process.stderr is not None
+            assert "Metrics need a place that takes them" in process.stderr.readline()
+            folder.mkdir()
+            wait_until(file.is_file, "a write after the trouble")
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == 130
+        finally:
+            process.kill()
+
+
+def test_trouble_with_the_runs_is_not_called_one_of_the_file(runs: Path, tmp_path: Path):
+    def find() -> list[RunPaths]:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with pytest.raises(OSError, match="Input/output error"):
+        metrics.write(tmp_path / "a.prom", Runs(find, interval=0.0))
 
 
 REFUSALS = {

@@ -21,10 +21,12 @@ from launchers import slurm
 from launchers.monitor import columns, words
 from launchers.monitor.__main__ import main, parse
 from launchers.monitor.feeds import Events, Log, newest_error, ranks_with_logs
-from launchers.monitor.observatory import Board, Observatory, Sight, SlurmWatch
+from launchers.monitor.observatory import Board, Observatory, Sight
+from launchers.monitor.run_reader import Choice, RunReader
 from launchers.names import runs_under
 from launchers.slurm import JobState, Listing
 from launchers.views.growing_files import Memory
+from launchers.views.slurm_watch import SlurmWatch
 from launchers.views.standing import State
 from launchers.views.utilization import read_work
 from tests.conftest import REPOSITORY
@@ -322,16 +324,44 @@ def test_log_goes_on(story: Story):
 
 
 def test_newest_attempt_with_an_error_is_found(story: Story):
-    assert newest_error(story.paths, [], Memory()) is None
+    assert newest_error(story.paths, [], Memory(), {}) is None
     for attempt in range(3):
         story.attempt()
         if attempt == 1:
             story.log("rank-5.restart-0.err", "Traceback (most recent call last):\n  at\nOSError: closed\n", node=1)
             said = "rank 5 ended with exit code 1, see /x/rank-5.restart-0.err"
             story.tell("rank_failed", node=1, detail=said)
-    found = newest_error(story.paths, [0, 1, 2], Memory())
+    found = newest_error(story.paths, [0, 1, 2], Memory(), {})
     assert found is not None
     assert (found.attempt, found.rank, found.error.lines[-1]) == (1, 5, "OSError: closed")
+
+
+def test_attempts_that_are_over_are_looked_at_once_more(story: Story, monkeypatch: pytest.MonkeyPatch):
+    looked_at: list[str] = []
+    glob = Path.glob
+
+    def counted(self: Path, pattern: str):
+        if pattern.startswith("events-"):
+            looked_at.append(self.name)
+        return glob(self, pattern)
+
+    for _ in range(3):
+        story.attempt()
+        story.tell("agent_ready")
+        story.end("signalled", 75)
+    old = story.newest
+    reader = RunReader(story.paths)
+    assert len(reader.look(Choice()).lines) == 3
+    monkeypatch.setattr(Path, "glob", counted)
+    assert reader.look(Choice()).lines == []
+    assert looked_at == [old.root.name] * 2  # for its events and its errors; the newest may still be added to
+    story.attempt()
+    with JsonLinesWriter(old.events("node-0")) as ledger:
+        ledger.write({"event": "requeued", "job": "12", "time": 1.0})
+    assert len(reader.look(Choice()).lines) == 1  # the last word, told once more
+    looked_at.clear()
+    assert reader.look(Choice()).lines == []
+    assert looked_at == [story.newest.root.name] * 2
 
 
 # ---- the command

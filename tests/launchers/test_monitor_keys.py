@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from textual.pilot import Pilot
 from encdec.files import RunPaths
 from encdec.records import read_json_lines
 from launchers.monitor.app import Monitor
+from launchers.monitor.observatory import Board
 from launchers.monitor.run_screen import RunScreen, neighbour
 from launchers.slurm import JobState, Listing
 from tests.launchers.conftest import Play, Story
@@ -234,6 +236,35 @@ def test_board_that_comes_while_a_run_opens_or_closes(failed: Story, runs: Path)
             await sees(pilot, app, "1 run ")
 
     drive(runs, LISTING, act)
+
+
+def test_file_system_that_hangs_is_told_of(runs: Path, monkeypatch: pytest.MonkeyPatch):
+    on_slurm(runs, "full-1", "77")
+    answers = threading.Event()
+
+    async def act(pilot: Pilot[None], app: Monitor) -> None:
+        look = app._observatory.look
+
+        def hang() -> Board:
+            assert answers.wait(60.0)
+            return look()
+
+        monkeypatch.setattr(app._observatory, "look", hang)
+        app.look()
+        app.look()
+        await pilot.pause()
+        assert "do not answer" not in text_of(app)  # not at once
+        monkeypatch.setattr("launchers.monitor.app.SECONDS_TO_ANSWER", 0.0)
+        app.look()
+        await sees(pilot, app, "run directories do not answer for 0 s; this is as of ")
+        answers.set()
+        await sees(pilot, app, "1 run ")
+        assert "do not answer" not in text_of(app)
+
+    try:
+        drive(runs, LISTING, act)
+    finally:
+        answers.set()
 
 
 def test_view_that_cannot_go_on_does_not_stand_still(runs: Path, monkeypatch: pytest.MonkeyPatch):

@@ -17,9 +17,10 @@ import pytest
 from rich.console import Console
 
 from launchers.monitor.app import Monitor
-from launchers.monitor.observatory import Observatory, SlurmWatch
+from launchers.monitor.observatory import Observatory
 from launchers.names import runs_under
 from launchers.slurm import Listing
+from launchers.views.slurm_watch import SlurmWatch
 from tests.launchers.monitor_scenes import HOST, NOW, SCENES
 
 GOLDEN = Path(__file__).parent / "golden" / "monitor"

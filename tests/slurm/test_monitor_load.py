@@ -15,9 +15,10 @@ from encdec.records import ContinuationRecord, JobRecord, ProcessRecord
 from encdec.training.execution import TrainingPhase
 from encdec.training.run_config import resolve_run
 from launchers.monitor.__main__ import main
-from launchers.monitor.observatory import Observatory, SlurmWatch
+from launchers.monitor.observatory import Observatory
 from launchers.names import runs_under
 from launchers.sandbox.cluster import Sandbox
+from launchers.views.slurm_watch import SlurmWatch
 from tests.conftest import MICRO, wait_for_step
 from tests.slurm.conftest import Cluster
 
