@@ -9,6 +9,7 @@ import errno
 import functools
 import json
 import os
+import sys
 import time
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -174,11 +175,15 @@ STEP_FIELDS = frozenset(field.name for field in fields(StepRecord))
 
 
 def is_step(record: Any) -> bool:
-    """Whether a parsed line is a whole step record."""
+    """Whether a parsed line is a whole step record; an integer beyond all floats is no measurement."""
     return (
         isinstance(record, dict)
         and record.keys() >= STEP_FIELDS
-        and all(isinstance(record[name], int | float) for name in STEP_FIELDS)
+        and all(
+            isinstance(record[name], float)
+            or (isinstance(record[name], int) and abs(record[name]) <= sys.float_info.max)
+            for name in STEP_FIELDS
+        )
     )
 
 

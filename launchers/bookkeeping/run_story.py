@@ -5,7 +5,6 @@ Times are seconds since the epoch. A line that lacks what every line of its kind
 
 from __future__ import annotations
 
-import contextlib
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -190,8 +189,7 @@ def columns_of(file: Path) -> Steps:
     """The step records of a file, by column."""
     rows = array("d")
     for record in read_steps(file):
-        with contextlib.suppress(OverflowError):  # an integer beyond all floats is no measurement
-            rows.extend([float(record[name]) for name in COLUMNS])
+        rows.extend([float(record[name]) for name in COLUMNS])
     table = np.asarray(rows, dtype=np.float64).reshape(-1, len(COLUMNS)).T
     placed = np.isfinite(table[: len(PLACING)]).all(axis=0)
     return {name: column[placed] for name, column in zip(COLUMNS, table, strict=True)}

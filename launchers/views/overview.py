@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from encdec.errors import EncdecError, GateNotPassed
+from encdec.errors import EncdecError, GateNotPassed, RunDirectoryError
 from encdec.files import AttemptPaths, RunPaths
 from encdec.records import JobRecord
 from encdec.training.execution import TrainingPhase
@@ -122,11 +122,18 @@ def look(
 
 
 def read_or_damage(paths: RunPaths, memory: Memory) -> RunRecords | EncdecError:
+    """A run's records, or what is wrong with them: one odd line must not hide all other runs."""
     try:
         with usable(paths):
             return read_records(paths, memory)
     except EncdecError as damage:
         return damage
+    except (TypeError, ValueError, KeyError, OverflowError, AttributeError) as odd:
+        return RunDirectoryError(
+            "Every line of a run's ledgers has the facts of its kind",
+            found=f"one in {paths.root} that has not ({type(odd).__name__}: {odd})",
+            remedy="Mend or delete that line in events.jsonl or in the events-*.jsonl of an attempt",
+        )
 
 
 def view(paths: RunPaths, read: RunRecords | EncdecError, states: Mapping[str, JobState]) -> RunView:
@@ -231,13 +238,17 @@ def was_cancelled(newest: AttemptView | None, submitted: JobRecord | None, ledge
     if newest and newest.cancelled and began_since_submission(newest.began, submitted):
         return True
     since = max(newest.began or 0.0 if newest else 0.0, submitted.submitted if submitted else 0.0)
-    return any(record.get("event") == "cancelled" and record.get("time", 0.0) > since for record in ledger)
+    times = [record.get("time") for record in ledger if record.get("event") == "cancelled"]
+    return any(isinstance(moment, int | float) and moment > since for moment in times)
 
 
 def submit_command(ledger: Sequence[Mapping[str, Any]]) -> str | None:
     """The submit command given last, with the directory it was given in."""
-    given = next((record for record in reversed(ledger) if record.get("event") == "command"), None)
-    return f"cd {shlex.quote(given['directory'])} && {given['text']}" if given else None
+    for record in reversed(ledger):
+        directory, text = record.get("directory"), record.get("text")
+        if record.get("event") == "command" and isinstance(directory, str) and isinstance(text, str):
+            return f"cd {shlex.quote(directory)} && {text}"
+    return None
 
 
 def newest_change(files: Iterable[Path]) -> float | None:

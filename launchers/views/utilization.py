@@ -26,8 +26,9 @@ class Work:
 
 def read_work(plan: Path) -> Work | None:
     """What ``plan.json`` says; None on a CPU, and where it does not know the model's sizes or the kind of GPU."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, OverflowError):
         values = json.loads(plan.read_text(encoding="utf-8"))
         forecast, ranks = values["forecast"], values["nodes"] * values["ranks_per_node"]
-        return Work(float(forecast["flops_per_step"]), ranks * ACCELERATORS[forecast["gpu"]].bf16_flops)
+        peak = float(ranks * ACCELERATORS[forecast["gpu"]].bf16_flops)
+        return Work(float(forecast["flops_per_step"]), peak) if peak > 0 else None
     return None

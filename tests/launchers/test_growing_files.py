@@ -156,6 +156,13 @@ def test_loss_that_is_no_number_has_no_place_in_the_curve(story: Story):
     assert (vitals.step, vitals.loss, len(vitals.losses)) == (3, None, 2)
 
 
+def test_integer_beyond_all_floats_is_passed_over(story: Story):
+    story.attempt(steps=range(1, 3))
+    append(story.newest.steps, json.dumps(step_record(3).to_json() | {"loss": 10**400}) + "\n")
+    vitals = Pulse(story.paths).look([0])
+    assert (vitals.step, vitals.loss, len(vitals.losses)) == (2, step_record(2).loss, 2)
+
+
 def test_run_without_steps_has_no_vitals(tmp_path: Path):
     assert Pulse(RunPaths(tmp_path)).look([0]) == Vitals()
 

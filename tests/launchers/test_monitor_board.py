@@ -244,6 +244,8 @@ def test_model_flops_utilization_is_work_over_peak(tmp_path: Path):
     for unknown in ({"gpu": None, "flops_per_step": 1.0}, {"gpu": "h100", "flops_per_step": None}, None):
         atomic_write_json(plan, {"nodes": 2, "ranks_per_node": 8, "forecast": unknown})
         assert read_work(plan) is None
+    atomic_write_json(plan, {"nodes": 0, "ranks_per_node": 8, "forecast": {"gpu": "h100", "flops_per_step": 1.0}})
+    assert read_work(plan) is None
     assert read_work(tmp_path / "none") is None
 
 

@@ -230,6 +230,25 @@ def test_nothing_there(tmp_path: Path, capsys):
     assert json.loads(capsys.readouterr().out) == {"runs": []}
 
 
+def test_odd_lines_of_one_ledger_hide_no_other_run(story: Story, runs: Path, play: Play, capsys):
+    note(story.paths, "command", text="python -m launchers.submit", directory="/home/a")
+    with story.paths.events.open("a") as ledger:
+        ledger.write('{"event": "cancelled", "time": null}\n{"event": "command"}\n{"event": "command", "text": 3}\n')
+    story.attempt()
+    story.end("stop_requested", 75)
+    odd = Story(RunPaths(runs / "medium-2")).begin()
+    odd.attempt()
+    odd.tell("alert")
+    with odd.newest.events("node-0").open("a") as ledger:
+        ledger.write('{"event": ["a", "list"]}\n')
+    assert main(["--root", str(runs), "--json"]) == 0
+    documents = json.loads(capsys.readouterr().out)["runs"]
+    assert [document["state"] for document in documents] == ["stopped", "damaged"]
+    assert documents[0]["next"] == "cd /home/a && python -m launchers.submit"
+    assert main(["medium-2", "--root", str(runs)]) == 78
+    assert "medium-2 that has not (TypeError" in " ".join(capsys.readouterr().err.split())
+
+
 def test_damaged_run_asked_for_by_name_is_an_error(story: Story, runs: Path, capsys):
     story.paths.run_yaml.write_text("{")
     assert main(["medium-1", "--root", str(runs)]) == 78
