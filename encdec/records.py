@@ -78,16 +78,16 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
     except FileNotFoundError:
         return
     with stream:  # line by line: the steps of a long run are hundreds of megabytes
-        yield from _records(stream)
+        yield from records_of(stream)
 
 
 def read_ends(path: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     """The first and the last record of a JSON-lines file, however long it is; None where there is none."""
     try:
         with path.open("rb") as stream:
-            first = next(_records(stream), None)
+            first = next(records_of(stream), None)
             stream.seek(-min(BYTES_OF_AN_END, os.fstat(stream.fileno()).st_size), os.SEEK_END)
-            return first, next(_records(reversed(stream.read().splitlines())), None)
+            return first, next(records_of(reversed(stream.read().splitlines())), None)
     except FileNotFoundError:
         return None, None
 
@@ -100,10 +100,11 @@ def read_newest(path: Path, nbytes: int) -> Iterator[dict[str, Any]]:
             content = stream.read()
     except FileNotFoundError:
         return
-    yield from _records(content.splitlines())
+    yield from records_of(content.splitlines())
 
 
-def _records(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+def records_of(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """The JSON objects among ``lines``; a torn line is skipped."""
     for line in lines:
         try:
             record = json.loads(line)
@@ -200,13 +201,7 @@ the restarts in place before it.
 
 def read_last_steps(path: Path, count: int) -> list[dict[str, Any]]:
     """At most ``count`` step records from the end of a file, oldest first; fewer where its end holds fewer."""
-    try:
-        with path.open("rb") as stream:
-            stream.seek(-min(BYTES_OF_AN_END, os.fstat(stream.fileno()).st_size), os.SEEK_END)
-            lines = stream.read().splitlines()
-    except FileNotFoundError:
-        return []
-    return [record for record in _records(lines) if is_step(record)][-count:]
+    return list(filter(is_step, read_newest(path, BYTES_OF_AN_END)))[-count:]
 
 
 def event(kind: str, **facts: Any) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from encdec.files import AttemptPaths, RunPaths
+from encdec.records import records_of
 from launchers.monitor.words import printable
-from launchers.views.growing_files import GrowingFile, Memory, records_of
+from launchers.views.growing_files import GrowingFile, Memory
 from launchers.views.log_files import FirstError, first_error, rank_log
 
 BYTES_OF_A_LOG = 1 << 18

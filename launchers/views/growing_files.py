@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
+
+from encdec.records import records_of
 
 Value = TypeVar("Value")
 Signature = tuple[int, int, int] | None
@@ -57,17 +58,6 @@ class GrowingFile:
         cut = begins_anew and self._offset > 0  # the first line is the end of one
         self._offset += len(whole) + len(newline)
         return whole.splitlines()[cut:] if newline else []
-
-
-def records_of(lines: list[bytes]) -> Iterator[dict[str, Any]]:
-    """The JSON objects among ``lines``; a torn line is skipped."""
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            yield record
 
 
 def records_between(path: Path, count: int) -> list[dict[str, Any]]:

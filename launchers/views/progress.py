@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 
 from encdec.files import AttemptPaths
-from encdec.records import is_step
-from launchers.views.growing_files import GrowingFile, records_of
+from encdec.records import is_step, records_of
+from launchers.views.growing_files import GrowingFile
 
 SECONDS_BETWEEN_LINES = 5.0
 """Without a terminal."""

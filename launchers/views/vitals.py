@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from encdec.files import AttemptPaths, RunPaths
-from encdec.records import is_step
-from launchers.views.growing_files import GrowingFile, records_between, records_of
+from encdec.records import is_step, records_of
+from launchers.views.growing_files import GrowingFile, records_between
 
 NEWEST_STEPS = 50
 """Over which the time that is left, the throughput and the wait for data are measured."""

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from encdec.files import RunPaths
-from launchers.views.growing_files import GrowingFile, Memory, records_between, records_of
+from encdec.records import records_of
+from launchers.views.growing_files import GrowingFile, Memory, records_between
 from launchers.views.vitals import BYTES_OF_THE_NEWEST, CURVE_POINTS, NEWEST_STEPS, Curve, Pulse, Vitals
 from tests.launchers.conftest import Story, step_record
 
