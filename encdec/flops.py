@@ -42,10 +42,10 @@ def accelerator_in(text: str) -> str | None:
     """The name of an accelerator that ``text`` holds, such as a Slurm GRES ("gpu:h100:8"); None where there is none.
 
     Only as a whole word, for a GH200 is no H200 and an A1000 no A100. Of several that fit the longest: "a100-80gb"
-    before "a100".
+    before "a100". What stands between a name and its memory is left out: NVIDIA's drivers say "A100-SXM4-80GB".
     """
-    lowered = text.lower().replace("_", "-")
-    found = (name for name in ACCELERATORS if re.search(rf"(?<![a-z0-9]){name}(?![a-z0-9])", lowered))
+    plain = re.sub(r"-(sxm\d*|pcie|nvl)(?![a-z0-9])", "", re.sub(r"[_ ]", "-", text.lower()))
+    found = (name for name in ACCELERATORS if re.search(rf"(?<![a-z0-9]){name}(?![a-z0-9])", plain))
     return max(found, key=len, default=None)
 
 

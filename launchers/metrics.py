@@ -89,7 +89,7 @@ def export(arguments: argparse.Namespace) -> int:
         time.sleep(arguments.interval)
         try:
             write(arguments.file, runs)
-        except (EncdecError, OSError) as error:  # it worked before: the trouble may pass
+        except EncdecError as error:  # it worked before: the trouble may pass
             print(f"error: {error}", file=sys.stderr, flush=True)
     return 0
 
@@ -104,15 +104,21 @@ def write(file: Path, runs: Runs) -> None:
     """Look, then replace ``file`` whole; readable for all, for node_exporter is another user.
 
     Raises:
-        EncdecError: the runs cannot be found, or the file takes nothing.
-        OSError: the runs cannot be read.
+        EncdecError: the runs cannot be found or read, or the file takes nothing.
     """
     from prometheus_client import CollectorRegistry, write_to_textfile
 
     from launchers.views.gauges import Seen
 
     registry = CollectorRegistry()
-    registry.register(Seen(runs.collect()))  # whose troubles are not those of the file
+    try:
+        registry.register(Seen(runs.collect()))
+    except OSError as error:
+        raise MissingPrerequisite(
+            "Metrics need run directories that can be read",
+            found=f"{error.filename or 'one of them'} ({error.strerror})",
+            remedy="Give --root, or the names of runs that are yours",
+        ) from None
     before = os.umask(0o022)
     try:
         with told(str(file)):

@@ -1,4 +1,4 @@
-"""With ``slurm_limits`` the only module that runs Slurm commands or knows their output formats.
+"""The only module that runs Slurm commands; it knows their output formats, but for those of ``slurm_limits``.
 
 Columns are asked for by name, never as JSON, whose schema changes between releases. A run's first sbatch is submitit's.
 """
@@ -71,25 +71,33 @@ class Answer:
     out: str
     problem: str
     """Its last word if it failed."""
+    said: str = ""
+    """All that it wrote, errors last."""
 
 
-def ask(*command: str, environment: Mapping[str, str] | None = None) -> Answer:
+def ask(*command: str, environment: Mapping[str, str] | None = None, script: str | None = None) -> Answer:
     """Run one Slurm command, in this process's environment unless another is given; failing is an answer, too.
 
     A user's own filters and formats are left out: a job that they hide would be taken for one that has ended.
+
+    Args:
+        script: what the command reads from its standard input.
     """
     given = os.environ if environment is None else environment
     plain = {name: value for name, value in given.items() if not name.startswith(TASTES)}
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_SECONDS, check=False, env=plain
-        )
+            command, input=script, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_SECONDS, check=False,
+            env=plain,
+        )  # fmt: skip
     except FileNotFoundError:
         return Answer(False, "", f"no {command[0]} on PATH")
     except (OSError, subprocess.TimeoutExpired) as error:
         return Answer(False, "", f"{' '.join(command[:2])} failed ({type(error).__name__})")
-    last_line = (done.stdout + done.stderr).strip().rpartition("\n")[2].strip()
-    return Answer(done.returncode == 0, done.stdout, last_line or f"{' '.join(command[:2])} exited {done.returncode}")
+    said = done.stdout + done.stderr
+    last_line = said.strip().rpartition("\n")[2].strip()
+    problem = last_line or f"{' '.join(command[:2])} exited {done.returncode}"
+    return Answer(done.returncode == 0, done.stdout, problem, said)
 
 
 def outside_any_job(environment: Mapping[str, str]) -> dict[str, str]:

@@ -25,6 +25,7 @@ from encdec.sanity_check import Check, SanityReport
 from encdec.tokenization_qwen3_encdec import Qwen3EncoderDecoderTokenizer
 from encdec.training.config import FullConfig
 from encdec.training.rules import check_rules
+from encdec.training.tracking.login import wandb_login
 
 log = logging.getLogger("encdec.pipeline")
 BYTES_TRAINED = 16
@@ -242,14 +243,10 @@ def _gates(config: PipelineConfig, validator: PipelineValidator, levels: Iterabl
 def _wandb(config: PipelineConfig) -> str:
     if "wandb" not in config.training.full_config().training.report_to:
         return "not used"
-    mode = os.environ.get("WANDB_MODE", "online")
-    if mode != "online":
-        return f"WANDB_MODE={mode}"
-    import wandb  # slow to import: only where asked for
-
-    if os.environ.get("WANDB_API_KEY") or wandb.api.api_key:
-        return "logged in"
-    raise _needs("use_wandb needs a login", "none", "Run wandb login, or set WANDB_MODE=offline")
+    login = wandb_login(os.environ)
+    if not login.there:
+        raise _needs("use_wandb needs a login", login.words, "Run wandb login, or set WANDB_MODE=offline")
+    return login.words
 
 
 def gigabytes(count: int) -> str:

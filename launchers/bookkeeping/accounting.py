@@ -130,17 +130,18 @@ def _wait(
     book: _Book, story: RunStory, before: AttemptStory | None, following: AttemptStory | None, until: float
 ) -> None:
     """The time after an attempt: in the queue from when something of the run is known to be there."""
-    if before is not None and not _in_queue(before, following):
-        asked = [moment for moment in story.submissions if book.now <= moment <= until]
+    asked = [moment for moment in story.submissions if book.now <= moment <= until]
+    if before is not None and not _in_queue(before, following, asked_again=bool(asked)):
         book.until(min(asked, default=until), Part.DOWN)
     book.until(until, Part.QUEUE)
 
 
-def _in_queue(before: AttemptStory, following: AttemptStory | None) -> bool:
+def _in_queue(before: AttemptStory, following: AttemptStory | None, *, asked_again: bool) -> bool:
     """Whether the queue held something of the run as soon as an attempt was over: what its job had asked for, or the
-    job itself, which Slurm requeues after its node has failed.
+    job itself, which Slurm requeues after its node has failed. Of a run that still waits it is the job itself unless it
+    was submitted again.
     """
-    again = following is not None and following.job is not None and following.job == before.job
+    again = not asked_again if following is None else following.job is not None and following.job == before.job
     return before.queued or again
 
 

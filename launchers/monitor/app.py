@@ -127,12 +127,16 @@ class Monitor(App[None]):
 
     def _show_head(self) -> None:
         waited = 0.0 if self._look_began is None else time.monotonic() - self._look_began
+        silence = words.silence_line(self.board, waited) if waited > SECONDS_TO_ANSWER else ""
         head = Text(no_wrap=True, overflow="ellipsis")
-        if waited > SECONDS_TO_ANSWER:
-            head.append(words.silence_line(self.board, waited), style="bold red")
+        if silence:
+            head.append(silence, style="bold red")
         elif self.board is not None:
             self._append_totals(head, self.board)
         self.screen_stack[0].query_one("#head", Static).update(head)
+        for screen in self.screen_stack:
+            if isinstance(screen, RunScreen):
+                screen.show_silence(silence)
 
     def _append_totals(self, head: Text, board: Board) -> None:
         trouble = board.trouble or board.slurm_problem

@@ -30,7 +30,7 @@ def in_background(
         except Exception as error:
             finish = functools.partial(throw, error)
         with contextlib.suppress(RuntimeError):  # the screen has been closed meanwhile
-            app.call_from_thread(app.call_later, finish)
+            app.call_later(finish)  # textual takes messages from any thread
 
     threading.Thread(target=run, daemon=not must_end).start()
 

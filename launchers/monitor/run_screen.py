@@ -95,6 +95,11 @@ class RunScreen(Screen[None]):
         details.update(columns.details_text(sight, board.now, self.app.size.width, chosen))
         self.look()
 
+    def show_silence(self, words_of_it: str) -> None:
+        """Say that run directories do not answer; nothing where they do."""
+        if self._open:
+            self.query_one("#details", Static).border_subtitle = Text(words_of_it, style="bold red")
+
     def look(self) -> None:
         """Read on, beside the screen; two looks never overlap."""
         if self._looking:

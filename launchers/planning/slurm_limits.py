@@ -1,19 +1,18 @@
 """What a cluster allows, asked of Slurm: partitions, their nodes, quality of service, and when a job would start.
 
-Beside ``launchers.slurm`` the only module that knows the formats of Slurm's answers. A question that Slurm does not
-answer leaves None: then nothing is refused for it here, and sbatch itself has the last word.
+``launchers.slurm`` asks; this module knows the formats of these answers. A question that Slurm does not answer leaves
+None: then nothing is refused for it here, and sbatch itself has the last word.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from launchers.launch_options import limit_seconds
-from launchers.slurm import COMMAND_TIMEOUT_SECONDS, ask, outside_any_job, refusal
+from launchers.slurm import ask, outside_any_job, refusal
 
 NO_LIMIT = frozenset({"", "UNLIMITED", "INFINITE", "NONE", "N/A", "(null)"})
 UNUSABLE = ("down", "drain", "fail", "maint", "planned_down", "power_down", "reboot", "unknown", "inval", "future")
@@ -229,21 +228,13 @@ class StartTest:
 
 def ask_start(script: str) -> StartTest:
     """Ask when a job with this script would start; nothing is queued. A controller that is away refuses nothing."""
-    environment = {name: value for name, value in outside_any_job(os.environ).items() if not name.startswith("SBATCH_")}
-    try:
-        done = subprocess.run(
-            ["sbatch", "--test-only"], input=script, capture_output=True, text=True, check=False, env=environment,
-            timeout=COMMAND_TIMEOUT_SECONDS,
-        )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired):
-        return StartTest(None, None)
-    said = done.stdout + done.stderr
-    found = STARTS.search(said)
-    if done.returncode == 0:
+    answer = ask("sbatch", "--test-only", environment=outside_any_job(os.environ), script=script)
+    if answer.ok:
+        found = STARTS.search(answer.said)
         return StartTest(found.group(1) if found else None, None)
-    if "contact" in said.lower() or "timed out" in said.lower():
+    if not answer.said or "contact" in answer.said.lower() or "timed out" in answer.said.lower():
         return StartTest(None, None)
-    return StartTest(None, refusal(said.replace("allocation failure: ", "")))
+    return StartTest(None, refusal(answer.said.replace("allocation failure: ", "")))
 
 
 def _seconds(text: str) -> float | None:

@@ -74,7 +74,9 @@ def test_widest_batch_holds_every_task():
 @pytest.mark.parametrize(
     ("text", "name"),
     [("gpu:h100:8(S:0-1)", "h100"), ("gres=gpu:a100_80gb:{n}", "a100-80gb"), ("gpu:a100:4", "a100"), ("gpu:8", None),
-     ("NVIDIA H200", "h200"), ("", None), ("gpu:gh200:1", None), ("gpu:rtx_a1000:2", None), ("GB200", None)],
+     ("NVIDIA H200", "h200"), ("", None), ("gpu:gh200:1", None), ("gpu:rtx_a1000:2", None), ("GB200", None),
+     ("NVIDIA A100-SXM4-80GB", "a100-80gb"), ("NVIDIA A100 80GB PCIe", "a100-80gb"), ("NVIDIA A100-SXM4-40GB", "a100"),
+     ("NVIDIA H100 80GB HBM3", "h100")],
 )  # fmt: skip
 def test_accelerators_are_found_in_slurms_names(text: str, name: str | None):
     assert accelerator_in(text) == name

@@ -291,6 +291,14 @@ def test_run_in_the_queue_waits_until_now(script: ScriptedRun):
     assert (ledger.ettr, ledger.ettr_while_running, ledger.steps) == (0, 0, 0)
 
 
+def test_run_whose_job_waits_again_after_a_lost_node_was_not_down(script: ScriptedRun):
+    """Slurm has requeued the job, which left no word; nobody submitted it again."""
+    script.submitted(0)
+    script.attempt(0)
+    script.steps(range(1, 11), since=0)
+    assert told(ledger_of(script.paths, over=False, now=100)) == {Part.TRAINING: 10, Part.QUEUE: 90}
+
+
 def test_run_that_was_submitted_again_waits_from_then_on(script: ScriptedRun):
     script.submitted(0)
     script.attempt(0)

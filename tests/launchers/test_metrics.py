@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from encdec.errors import MissingPrerequisite
 from encdec.files import RunPaths
 from encdec.records import JsonLinesWriter, read_last_steps
 from launchers import metrics
@@ -190,7 +191,7 @@ def test_trouble_with_the_runs_is_not_called_one_of_the_file(runs: Path, tmp_pat
     def find() -> list[RunPaths]:
         raise OSError(errno.EIO, "Input/output error")
 
-    with pytest.raises(OSError, match="Input/output error"):
+    with pytest.raises(MissingPrerequisite, match=r"run directories that can be read.*Input/output error"):
         metrics.write(tmp_path / "a.prom", Runs(find, interval=0.0))
 
 

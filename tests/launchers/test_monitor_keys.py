@@ -15,6 +15,7 @@ from encdec.files import RunPaths
 from encdec.records import read_json_lines
 from launchers.monitor.app import Monitor
 from launchers.monitor.observatory import Board
+from launchers.monitor.run_screen import KEYS as KEYS_OF_A_RUN
 from launchers.monitor.run_screen import RunScreen, neighbour
 from launchers.slurm import JobState, Listing
 from tests.launchers.conftest import Play, Story
@@ -45,6 +46,14 @@ async def sees(pilot: Pilot[None], app: Monitor, *words: str) -> None:
     deadline = time.monotonic() + SECONDS_OF_PATIENCE
     while not all(word in text_of(app) for word in words):
         assert time.monotonic() < deadline, f"{words} not in\n{text_of(app)}"
+        await pilot.pause(0.02)
+
+
+async def sees_no_more(pilot: Pilot[None], app: Monitor, word: str) -> None:
+    """Wait until it does not stand on the screen."""
+    deadline = time.monotonic() + SECONDS_OF_PATIENCE
+    while word in text_of(app):
+        assert time.monotonic() < deadline, f"{word} in\n{text_of(app)}"
         await pilot.pause(0.02)
 
 
@@ -257,7 +266,12 @@ def test_file_system_that_hangs_is_told_of(runs: Path, monkeypatch: pytest.Monke
         monkeypatch.setattr("launchers.monitor.app.SECONDS_TO_ANSWER", 0.0)
         app.look()
         await sees(pilot, app, "run directories do not answer for 0 s; this is as of ")
+        await pilot.press("enter")
+        app.look()
+        await sees(pilot, app, KEYS_OF_A_RUN, "run directories do not answer for 0 s; this is as of ")
         answers.set()
+        await sees_no_more(pilot, app, "do not answer")
+        await pilot.press("escape")
         await sees(pilot, app, "1 run ")
         assert "do not answer" not in text_of(app)
 

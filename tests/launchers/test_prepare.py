@@ -15,10 +15,10 @@ from tests.launchers.conftest import Play
 JOB = "JobId=12 NumNodes=2 Partition=gpu TimeLimit=00:30:00 CPUs/Task=4\n"
 
 
-def prepare(paths: RunPaths, monkeypatch: pytest.MonkeyPatch, job: str = "12") -> int:
+def prepare(paths: RunPaths, monkeypatch: pytest.MonkeyPatch, *more: str, job: str = "12") -> int:
     monkeypatch.setenv("SLURM_JOB_ID", job)
     place = ["--config", str(MICRO), "--nodes", "2", "--gpus-per-node", "1", "--run-dir", str(paths.root)]
-    return main(["--phase", "sanity_check", *place])
+    return main(["--phase", "sanity_check", *place, *more])
 
 
 def test_new_run_is_made_and_belongs_to_the_job(
@@ -34,6 +34,18 @@ def test_new_run_is_made_and_belongs_to_the_job(
     for flag in ("nodes=2", "partition=gpu", "time=00:30:00", "cpus-per-task=4", "signal=USR2@120", "requeue"):
         assert f"#SBATCH --{flag}\n" in script
     assert play.calls("scontrol")[-1] == f"update jobid=12 comment=encdec run {paths.root}"
+
+
+def test_accounting_that_shows_environments_is_warned_of(
+    play: Play, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    play("scontrol", f"{JOB}AccountingStoreFlags = job_env\n")
+    monkeypatch.setenv("LAB_TOKEN", "a-value-that-is-secret")
+    paths = RunPaths(tmp_path / "run")
+    assert prepare(paths, monkeypatch, "--env-secret", "LAB_TOKEN") == 0
+    said = capsys.readouterr()
+    assert "sacct --env-vars shows LAB_TOKEN" in said.err and "a-value-that-is-secret" not in said.err
+    assert said.out == f"{paths.root}\n"  # the script that called reads it
 
 
 def test_job_that_finds_another_one_at_the_run_is_refused_and_changes_nothing(
