@@ -180,7 +180,7 @@ class Mirror:
             except CheckpointError as error:
                 if not folders.quarantine(final, error):
                     raise
-        root.mkdir(parents=True, exist_ok=True)
+        files.make_private(root)
         folders.make_empty(work, manifest.sharding)
         for record in manifest.files:
             self._fetch_file(self.place.path(step, record.path), work, record)

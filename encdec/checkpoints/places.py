@@ -102,7 +102,8 @@ class Place:
     def begin(self, step: int) -> None:
         """Before files of a step are written: what was committed under its name stays whole, or is none any more."""
         if self.renames:
-            os.makedirs(self.working_path(step), mode=0o700, exist_ok=True)
+            files.make_private(Path(self.root))
+            files.make_private(Path(self.working_path(step)))
         else:
             self.uncommit(step)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -151,7 +152,8 @@ def _lock(directory: Path) -> Iterator[None]:
     The file stays: removing it would let two packers hold two different files of that name.
     """
     make_parents(directory)
-    with directory.with_name(directory.name + ".lock").open("w") as file:
+    place = directory.with_name(directory.name + ".lock")
+    with open(os.open(place, os.O_WRONLY | os.O_CREAT, 0o600), "w") as file:
         try:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -161,7 +163,7 @@ def _lock(directory: Path) -> Iterator[None]:
         except OSError as error:
             raise DataError(
                 "the file system of the packed data must support file locks",
-                found=f"{error} at {file.name}",
+                found=f"{error} at {place}",
                 remedy="Pack into a directory on another file system, and copy it here",
             ) from error
         yield
