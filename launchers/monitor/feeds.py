@@ -96,10 +96,18 @@ def moment(record: Mapping[str, Any]) -> float:
 def event_line(attempt: int | None, writer: str, record: Mapping[str, Any]) -> str:
     """``09:41:45  2 node-0  restarting: restart 1``."""
     when = time.strftime("%H:%M:%S", time.localtime(moment(record)))
-    facts = ", ".join(f"{name} {value}" for name, value in record.items() if name not in UNTOLD and value is not None)
+    told = {name: value for name, value in record.items() if name not in UNTOLD and value is not None}
+    facts = ", ".join(f"{name} {fact(value)}" for name, value in told.items())
     kind = str(record.get("event")).replace("_", " ")
     where = f"{'' if attempt is None else attempt:>3} {writer:<8}"
     return printable(f"{when} {where} {kind}: {facts}" if facts else f"{when} {where} {kind}")
+
+
+def fact(value: object) -> str:
+    """A value in few characters; moments keep their seconds."""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
 
 
 def is_over(paths: RunPaths, number: int, attempts: Collection[int]) -> bool:

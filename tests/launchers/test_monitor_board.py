@@ -312,6 +312,9 @@ def test_events_of_all_writers_come_in_order_of_time(story: Story):
     tell(story, "rank-0", "alert", 10.5, type="loss_spike", step=6, message="\x1b[2Jhigh")
     [line] = events.fresh()
     assert line.endswith("alert: type loss_spike, step 6, message high")
+    tell(story, "rank-0", "saved", 9.5, step=6, seconds=0.06245530700107338, deadline=1764150000.25, lost=None)
+    [line] = events.fresh()
+    assert line.endswith("saved: step 6, seconds 0.06246, deadline 1764150000")
 
 
 def test_log_goes_on(story: Story):
