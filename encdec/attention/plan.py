@@ -1,0 +1,222 @@
+"""How a stack's layers attend in one forward pass: by which implementation, over tokens that lie how.
+
+| implementation | hidden states        | mask                                | inside attention          |
+|----------------|----------------------|-------------------------------------|---------------------------|
+| split          | packed               | none                                | packed                    |
+| flex_attention | packed               | of blocks                           | packed                    |
+| sdpa, eager    | packed               | additive, of the padded batch       | padded for the time       |
+| any            | padded: with a cache | additive, of the padded batch       | padded; sdpa unless eager |
+
+With a cache (generation), and where torch.compile takes in the whole of a model with masks, hidden states stay padded.
+
+Shape legend:
+    B    sequences                       N_q  query heads
+    S    their padded width              N_k  key and value heads
+    T    tokens of all sequences         D    head size
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen3.modeling_qwen3 import eager_attention_forward
+
+from encdec.attention.flex import attend_by_flex, packed_block_mask
+from encdec.attention.kernels import flash_can, packed_attention, split_attention
+from encdec.attention.masks import attention_bias, encoder_attention_bias, merged_attention_bias, positions_of
+from encdec.attention.sequences import Sequences
+
+SPLIT, FLEX, SDPA, EAGER = "split", "flex_attention", "sdpa", "eager"
+IMPLEMENTATIONS = (SPLIT, FLEX, SDPA, EAGER)
+AttentionMask = Tensor | Sequences | None
+"""[B, S], 1 for tokens and 0 for padding; or what that comes to; None where nothing is padded."""
+
+AttentionInterface.register(SPLIT, sdpa_attention_forward)  # what transformers may call it for: tensors with a mask
+
+
+class AttentionPlan(NamedTuple):
+    """What all layers of a stack share in one forward pass. A tuple, as ``Sequences`` is, and for the same reasons."""
+
+    implementation: str
+    positions: Tensor
+    """[B or 1, S], or [1, T]: places of the queries in their sequences."""
+    queries: Sequences | None
+    """How hidden states are packed; None: [B, S]."""
+    encoder: Sequences | None
+    """How the encoder's output is packed, for merged attention over packed queries."""
+    mask: Any
+    """[B or 1, 1, S or 1, keys] to be added to the scores, a BlockMask, or None where every key is allowed."""
+
+
+def lay_out(mask: AttentionMask, count: int, width: int, device: torch.device) -> Sequences | None:
+    """The tokens of ``count`` sequences, padded to ``width``; None where they have to stay padded.
+
+    Raises:
+        ValueError: the mask is of another shape.
+    """
+    if isinstance(mask, Sequences):
+        return mask
+    if mask is None:
+        return Sequences.whole(count, width, device)
+    if tuple(mask.shape) != (count, width):
+        raise ValueError(f"an attention mask must have the shape of its tokens, {(count, width)}: {tuple(mask.shape)}")
+    return None if torch.compiler.is_compiling() else Sequences.from_mask(mask)  # how many tokens is data
+
+
+def without_padding(mask: AttentionMask) -> AttentionMask:
+    """A mask as the sequences that it leaves, where tokens can be packed by it."""
+    if mask is None or isinstance(mask, Sequences) or torch.compiler.is_compiling():
+        return mask
+    return Sequences.from_mask(mask)
+
+
+def legal(implementation: str, device: torch.device, dtype: torch.dtype, head_dim: int, dropout: float = 0.0) -> bool:
+    """Whether the implementation computes with such tensors."""
+    if implementation == SPLIT:
+        return not dropout and flash_can(device, dtype, head_dim)
+    if implementation == FLEX:
+        return not dropout and (device.type == "cpu" or (device.type == "cuda" and head_dim >= 16))
+    return implementation in (SDPA, EAGER)
+
+
+def plan_encoder(
+    module: nn.Module, queries: Sequences | None, mask: Tensor | None, shape: torch.Size, like: Tensor
+) -> AttentionPlan:
+    """Full attention of an encoder.
+
+    Args:
+        module: the stack; has the configuration.
+        queries: the tokens, or None where they stay padded.
+        mask: [B, S] in that case, None where nothing is padded.
+        shape: (B, S) in that case.
+        like: has the dtype and device of the computation.
+    """
+    if queries is None:
+        positions = positions_of(mask, 0, shape[1], like.device)
+        bias = encoder_attention_bias(mask, like.dtype)
+        return AttentionPlan(_with_masks(module), positions, None, None, bias)
+    name = _with_packing(module, like)
+    if name == FLEX and queries.positions.numel():
+        allowed = packed_block_mask(queries, None, causal=False)
+    elif name in (SPLIT, FLEX) or queries.slots is None:
+        allowed = None
+    else:
+        allowed = attention_bias(_within(queries)[:, None, None, :], like.dtype)
+    return AttentionPlan(name, queries.positions, queries, None, allowed)
+
+
+def plan_decoder(
+    module: nn.Module, queries: Sequences | None, encoder: Sequences | None, masks: tuple[Tensor | None, Tensor | None],
+    widths: tuple[int, int], num_cached: int, like: Tensor,
+) -> AttentionPlan:  # fmt: skip
+    """Merged attention of a decoder.
+
+    Args:
+        module: the stack; has the configuration.
+        queries, encoder: the tokens of both, or None where they stay padded.
+        masks: in that case [B, cached + new tokens] of the decoder and [B, S] of the encoder; None: nothing is padded.
+        widths: in that case new tokens of the decoder, and tokens of the encoder.
+        num_cached: tokens in the cache.
+        like: has the dtype and device of the computation.
+    """
+    place = {"dtype": like.dtype, "device": like.device}
+    if queries is None or encoder is None:
+        bias = merged_attention_bias(*widths, *masks, num_cached, **place)
+        return AttentionPlan(
+            _with_masks(module), positions_of(masks[0], num_cached, widths[0], like.device), None, None, bias
+        )
+    name = _with_packing(module, like)
+    if name == SPLIT:
+        allowed = None
+    elif name == FLEX:
+        allowed = packed_block_mask(queries, encoder, causal=True)
+    else:  # sequences stand at the left: causality hides what is behind them
+        padded = None if encoder.slots is None else _within(encoder)
+        allowed = merged_attention_bias(queries.longest, encoder.longest, None, padded, 0, **place)
+    return AttentionPlan(name, queries.positions, queries, encoder, allowed)
+
+
+def attend(module: nn.Module, plan: AttentionPlan, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention of sequences to themselves.
+
+    Args:
+        module: has ``scaling``, ``is_causal``, ``attention_dropout``.
+        query: [B, N_q, S, D] or [1, N_q, T, D].
+        key, value: [B, N_k, S, D] or [1, N_k, T, D].
+
+    Returns:
+        [B, S, N_q, D] or [1, T, N_q, D].
+    """
+    queries = plan.queries
+    if queries is None:
+        return _attend_with_mask(module, plan, query, key, value)
+    if query.shape[2] == 0:
+        return query.transpose(1, 2)
+    if plan.implementation == SPLIT:
+        tensors = _tokens_first(query.to(value.dtype), key.to(value.dtype), value)
+        return packed_attention(*tensors, queries.offsets, queries.longest, module.is_causal, module.scaling)[0][None]
+    if plan.implementation == FLEX:
+        return attend_by_flex(query, key, value, plan.mask, module.scaling)
+    return queries.gather(_attend_with_mask(module, plan, *map(queries.spread, (query, key, value))))
+
+
+def attend_merged(
+    module: nn.Module, plan: AttentionPlan, query: Tensor, own: tuple[Tensor, Tensor], encoder: tuple[Tensor, Tensor]
+) -> Tensor:
+    """Attention of a decoder to its own past and to an encoder's output, under one softmax.
+
+    Args:
+        module: has ``scaling``, ``attention_dropout``.
+        query: [B, N_q, S, D] or [1, N_q, T, D].
+        own, encoder: keys and values of both, [B, N_k, tokens, D] or [1, N_k, tokens, D].
+
+    Returns:
+        [B, S, N_q, D] or [1, T, N_q, D].
+    """
+    queries, crossed = plan.queries, plan.encoder
+    if queries is not None and crossed is not None and plan.implementation == SPLIT:
+        dtype = own[1].dtype
+        tensors = _tokens_first(*(tensor.to(dtype) for tensor in (query, *own, *encoder)))
+        return split_attention(
+            *tensors, queries.offsets, crossed.offsets, queries.longest, crossed.longest, module.scaling
+        )[0][None]
+    if queries is not None and crossed is not None and plan.implementation != FLEX:
+        query, own = queries.spread(query), (queries.spread(own[0]), queries.spread(own[1]))
+        encoder = crossed.spread(encoder[0]), crossed.spread(encoder[1])
+    key, value = (torch.cat(pair, dim=2) for pair in zip(own, encoder, strict=True))
+    if queries is not None and plan.implementation == FLEX:
+        return attend_by_flex(query, key, value, plan.mask, module.scaling)
+    attended = _attend_with_mask(module, plan, query, key, value)
+    return attended if queries is None else queries.gather(attended)
+
+
+def _attend_with_mask(module: nn.Module, plan: AttentionPlan, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    attention = ALL_ATTENTION_FUNCTIONS.get_interface(plan.implementation, eager_attention_forward)
+    dropout = module.attention_dropout if module.training else 0.0
+    return attention(module, query, key, value, plan.mask, dropout=dropout, scaling=module.scaling)[0]
+
+
+def _with_packing(module: nn.Module, like: Tensor) -> str:
+    """What is configured, or sdpa where these tensors are not for it (say, float32 on a GPU)."""
+    config = module.config
+    name, dropout = config._attn_implementation, config.attention_dropout if module.training else 0.0
+    return name if legal(name, like.device, like.dtype, config.head_dim, dropout) else SDPA
+
+
+def _with_masks(module: nn.Module) -> str:
+    return EAGER if module.config._attn_implementation == EAGER else SDPA
+
+
+def _within(sequences: Sequences) -> Tensor:
+    """[B, L] bool: where a token of the sequence stands, all of them at the left."""
+    return torch.arange(sequences.longest, device=sequences.offsets.device) < sequences.lengths[:, None]
+
+
+def _tokens_first(*tensors: Tensor) -> list[Tensor]:
+    """Each [1, N, T, D] -> [T, N, D], as the kernels want them in memory."""
+    return [tensor[0].transpose(0, 1).contiguous() for tensor in tensors]
