@@ -25,7 +25,6 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPastAndCrossAttentions,
     Seq2SeqLMOutput,
 )
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer as Qwen3CausalLayer
 from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3MLP,
     Qwen3RMSNorm,
@@ -40,14 +39,17 @@ from encdec.merged_attention import Qwen3EncoderAttention, Qwen3MergedAttention
 IGNORED_LABEL = -100  # torch's and transformers' mark for label positions without loss
 
 
-class Qwen3EncoderLayer(Qwen3CausalLayer):
+class Qwen3EncoderLayer(GradientCheckpointingLayer):
     """transformers' Qwen3 layer without the causal mask: every token sees every token."""
 
     def __init__(self, config: Qwen3EncoderDecoderConfig, layer_idx: int) -> None:
         # Qwen3 looks its index up in `layer_types` and in a cache. The first has one entry per DECODER layer, all of
         # them alike, and an encoder has no cache: so the index of every encoder layer is 0.
-        super().__init__(config, layer_idx=0)
+        super().__init__()
         self.self_attn = Qwen3EncoderAttention(config, layer_idx=0)
+        self.mlp = Qwen3MLP(config)
+        self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
         self,
@@ -158,7 +160,7 @@ class Qwen3Encoder(Qwen3Stack):
     def forward(
         self, input_ids: torch.Tensor, attention_mask: AttentionMask = None, **_generation_kwargs
     ) -> BaseModelOutput:
-        """Encode tokens. Between the embedding and the final norm, included, padding is not computed.
+        """Encode tokens. No layer computes padding.
 
         Args:
             input_ids: [B, S_e] token ids.
@@ -167,16 +169,17 @@ class Qwen3Encoder(Qwen3Stack):
             **_generation_kwargs: what `generate` hands every encoder (`return_dict`, ...); without effect.
 
         Returns:
-            `last_hidden_state` [B, S_e, H], after the final norm; zeros, as a rule, where padded.
+            `last_hidden_state` [B, S_e, H], after the final norm; as a rule zeros where padded.
         """
-        sequences = lay_out(attention_mask, *input_ids.shape, input_ids.device)
+        sequences = lay_out(attention_mask, input_ids.shape, input_ids.device)
         hidden_states = self.embed_tokens(input_ids if sequences is None else sequences.pack(input_ids))
         plan = plan_encoder(self, sequences, attention_mask, input_ids.shape, hidden_states)
         position_embeddings = self.rotary_emb(hidden_states, plan.positions)
         for layer in self.layers:
             hidden_states = layer(hidden_states, plan, position_embeddings)
-        hidden_states = self.norm(hidden_states)
-        return BaseModelOutput(hidden_states if sequences is None else sequences.unpack(hidden_states))
+        if sequences is not None:
+            hidden_states = sequences.unpack(hidden_states)
+        return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
 
 
 class Qwen3Decoder(Qwen3Stack):
@@ -193,7 +196,7 @@ class Qwen3Decoder(Qwen3Stack):
         encoder_attention_mask: AttentionMask = None,
         past_key_values: EncoderDecoderCache | None = None,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
-        """Decode tokens; `past_key_values` is extended in place. Without a cache, padding is not computed.
+        """Decode tokens; `past_key_values` is extended in place. Without a cache, no layer computes padding.
 
         A token's position is its place among the tokens of its sequence: padding on the left shifts nothing.
 
@@ -206,31 +209,28 @@ class Qwen3Decoder(Qwen3Stack):
             past_key_values: cache of P tokens, or None.
 
         Returns:
-            `last_hidden_state` [B, S_d, H], after the final norm, zeros, as a rule, where padded; `past_key_values`.
+            `last_hidden_state` [B, S_d, H], after the final norm, as a rule zeros where padded; `past_key_values`.
         """
-        widths, device = (input_ids.shape[1], encoder_hidden_states.shape[1]), input_ids.device
         num_cached, queries, encoder = 0, None, None
         if past_key_values is None:
-            queries = lay_out(attention_mask, *input_ids.shape, device)
-            encoder = lay_out(encoder_attention_mask, *encoder_hidden_states.shape[:2], device)
+            queries = lay_out(attention_mask, input_ids.shape, input_ids.device)
+            encoder = lay_out(encoder_attention_mask, encoder_hidden_states.shape[:2], input_ids.device)
         else:
             num_cached = int(past_key_values.get_seq_length())
-        packed = queries is not None and encoder is not None
-        hidden_states = self.embed_tokens(queries.pack(input_ids) if packed else input_ids)
-        if packed:
-            encoder_hidden_states = encoder.pack(encoder_hidden_states)
-        plan = plan_decoder(
-            self, queries, encoder, (attention_mask, encoder_attention_mask), widths, num_cached, hidden_states
-        )
+        masks, widths = (attention_mask, encoder_attention_mask), (input_ids.shape[1], encoder_hidden_states.shape[1])
+        if queries is not None and encoder is not None:
+            input_ids, encoder_hidden_states = queries.pack(input_ids), encoder.pack(encoder_hidden_states)
+        hidden_states = self.embed_tokens(input_ids)
+        plan = plan_decoder(self, queries, encoder, masks, widths, num_cached, hidden_states)
         position_embeddings = self.rotary_emb(hidden_states, plan.positions)
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states, encoder_hidden_states, plan, position_embeddings, past_key_values=past_key_values
             )
-        hidden_states = self.norm(hidden_states)
+        if plan.queries is not None:
+            hidden_states = plan.queries.unpack(hidden_states)
         return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=queries.unpack(hidden_states) if packed else hidden_states,
-            past_key_values=past_key_values,
+            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
         )
 
 
@@ -320,17 +320,17 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
             raise ValueError("give input_ids or encoder_outputs, and labels or decoder_input_ids")
         if use_cache and past_key_values is None:
             past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        masks: tuple[AttentionMask, AttentionMask] = (attention_mask, decoder_attention_mask)
         if past_key_values is None:  # before anything is computed: the host waits for the masks alone
-            attention_mask = without_padding(attention_mask)
-            decoder_attention_mask = without_padding(decoder_attention_mask)
+            masks = without_padding(attention_mask), without_padding(decoder_attention_mask)
         if encoder_outputs is None:
-            encoder_outputs = self.encoder(input_ids, attention_mask)
+            encoder_outputs = self.encoder(input_ids, masks[0])
 
         decoded = self.decoder(
             decoder_input_ids,
             encoder_outputs[0],
-            attention_mask=decoder_attention_mask,
-            encoder_attention_mask=attention_mask,
+            attention_mask=masks[1],
+            encoder_attention_mask=masks[0],
             past_key_values=past_key_values,
         )
         logits = F.linear(decoded.last_hidden_state, self.shared.weight)

@@ -40,7 +40,8 @@ def packed_block_mask(queries: Sequences, encoder: Sequences | None, *, causal: 
 
 def attend_by_flex(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float) -> Tensor:
     """[1, N_q, T_q, D] and twice [1, N_k, T_k, D] -> [1, T_q, N_q, D]."""
-    attend = _compiled() if query.is_cuda and not torch.compiler.is_compiling() else flex_attention
+    attend_compiled = query.is_cuda and not torch.compiler.is_compiling()
+    attend: Any = _compiled() if attend_compiled else flex_attention
     return attend(query, key, value, block_mask=mask, scale=scale, enable_gqa=True).transpose(1, 2)
 
 

@@ -1,15 +1,15 @@
 """Flash attention over packed sequences, and merged attention as two of them under one softmax.
 
-The mask of merged attention (causal over the decoder's keys, full over the encoder's) is none that a flash kernel knows.
-But softmax attention over two sets of keys is a mean of the attentions over each, weighted by their sums of exponentials:
-with outputs o_1, o_2 and log-sum-exps l_1, l_2
+The mask of merged attention (causal over the decoder's keys, full over the encoder's) is none that a flash kernel
+knows. But softmax attention over two sets of keys is a mean of the attentions over each, weighted by their sums of
+exponentials: with outputs o_1, o_2 and log-sum-exps l_1, l_2
 
     l = log(exp(l_1) + exp(l_2)),    o = exp(l_1 - l) o_1 + exp(l_2 - l) o_2.
 
 So each part goes through the kernel that knows its mask. The flash backward pass makes the probabilities anew from the
-log-sum-exp that it is given, and takes dO * O from the output that it is given: with the COMBINED ones it gives the exact
-gradient of the whole for each part's keys, and the queries' gradient is the sum of both (ring attention's backward pass,
-Liu et al. 2023, arXiv:2310.01889). No mask exists, no merged key tensor, and no repeated key or value head.
+log-sum-exp that it is given, and takes dO * O from the output that it is given: with the COMBINED ones it gives the
+exact gradient of the whole for each part's keys, and the queries' gradient is the sum of both (as in ring attention's
+backward pass, Liu et al. 2023, arXiv:2310.01889). No mask exists, no merged key tensor, no repeated key or value head.
 
 Operators of their own, so that torch.compile sees one node and a checkpointing policy can name it.
 

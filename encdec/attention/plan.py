@@ -17,7 +17,7 @@ Shape legend:
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from transformers.models.qwen3.modeling_qwen3 import eager_attention_forward
 
 from encdec.attention.flex import attend_by_flex, packed_block_mask
 from encdec.attention.kernels import flash_can, packed_attention, split_attention
-from encdec.attention.masks import attention_bias, encoder_attention_bias, merged_attention_bias, positions_of
+from encdec.attention.masks import encoder_attention_bias, merged_attention_bias, positions_of
 from encdec.attention.sequences import Sequences
 
 SPLIT, FLEX, SDPA, EAGER = "split", "flex_attention", "sdpa", "eager"
@@ -37,6 +37,15 @@ AttentionMask = Tensor | Sequences | None
 """[B, S], 1 for tokens and 0 for padding; or what that comes to; None where nothing is padded."""
 
 AttentionInterface.register(SPLIT, sdpa_attention_forward)  # what transformers may call it for: tensors with a mask
+
+
+class Attending(Protocol):
+    """What attention needs of the module that it is the attention of; Qwen3Attention has it."""
+
+    scaling: float
+    is_causal: bool
+    attention_dropout: float
+    training: bool
 
 
 class AttentionPlan(NamedTuple):
@@ -53,8 +62,8 @@ class AttentionPlan(NamedTuple):
     """[B or 1, 1, S or 1, keys] to be added to the scores, a BlockMask, or None where every key is allowed."""
 
 
-def lay_out(mask: AttentionMask, count: int, width: int, device: torch.device) -> Sequences | None:
-    """The tokens of ``count`` sequences, padded to ``width``; None where they have to stay padded.
+def lay_out(mask: AttentionMask, shape: torch.Size, device: torch.device) -> Sequences | None:
+    """The tokens of sequences that fill or are padded to ``shape`` [B, S]; None where they have to stay padded.
 
     Raises:
         ValueError: the mask is of another shape.
@@ -62,9 +71,9 @@ def lay_out(mask: AttentionMask, count: int, width: int, device: torch.device) -
     if isinstance(mask, Sequences):
         return mask
     if mask is None:
-        return Sequences.whole(count, width, device)
-    if tuple(mask.shape) != (count, width):
-        raise ValueError(f"an attention mask must have the shape of its tokens, {(count, width)}: {tuple(mask.shape)}")
+        return Sequences.whole(shape[0], shape[1], device)
+    if mask.shape != shape:
+        raise ValueError(f"an attention mask must have the shape of its tokens, {tuple(shape)}: {tuple(mask.shape)}")
     return None if torch.compiler.is_compiling() else Sequences.from_mask(mask)  # how many tokens is data
 
 
@@ -79,73 +88,72 @@ def legal(implementation: str, device: torch.device, dtype: torch.dtype, head_di
     """Whether the implementation computes with such tensors."""
     if implementation == SPLIT:
         return not dropout and flash_can(device, dtype, head_dim)
-    if implementation == FLEX:
-        return not dropout and (device.type == "cpu" or (device.type == "cuda" and head_dim >= 16))
+    if implementation == FLEX:  # torch's has no backward pass on CPU
+        place = (device.type == "cuda" and head_dim >= 16) or (device.type == "cpu" and not torch.is_grad_enabled())
+        return not dropout and place
     return implementation in (SDPA, EAGER)
 
 
 def plan_encoder(
-    module: nn.Module, queries: Sequences | None, mask: Tensor | None, shape: torch.Size, like: Tensor
+    stack: nn.Module, queries: Sequences | None, mask: AttentionMask, shape: torch.Size, like: Tensor
 ) -> AttentionPlan:
     """Full attention of an encoder.
 
     Args:
-        module: the stack; has the configuration.
+        stack: has the configuration.
         queries: the tokens, or None where they stay padded.
-        mask: [B, S] in that case, None where nothing is padded.
-        shape: (B, S) in that case.
+        mask: in that case [B, S], None where nothing is padded.
+        shape: in that case (B, S).
         like: has the dtype and device of the computation.
     """
     if queries is None:
+        mask = _tensor(mask)
         positions = positions_of(mask, 0, shape[1], like.device)
-        bias = encoder_attention_bias(mask, like.dtype)
-        return AttentionPlan(_with_masks(module), positions, None, None, bias)
-    name = _with_packing(module, like)
+        return AttentionPlan(_with_masks(stack), positions, None, None, encoder_attention_bias(mask, like.dtype))
+    name = _with_packing(stack, like)
+    allowed: Any = None
     if name == FLEX and queries.positions.numel():
         allowed = packed_block_mask(queries, None, causal=False)
-    elif name in (SPLIT, FLEX) or queries.slots is None:
-        allowed = None
-    else:
-        allowed = attention_bias(_within(queries)[:, None, None, :], like.dtype)
+    elif name in (SDPA, EAGER) and queries.slots is not None:
+        allowed = encoder_attention_bias(_within(queries), like.dtype)
     return AttentionPlan(name, queries.positions, queries, None, allowed)
 
 
 def plan_decoder(
-    module: nn.Module, queries: Sequences | None, encoder: Sequences | None, masks: tuple[Tensor | None, Tensor | None],
-    widths: tuple[int, int], num_cached: int, like: Tensor,
+    stack: nn.Module, queries: Sequences | None, encoder: Sequences | None,
+    masks: tuple[AttentionMask, AttentionMask], widths: tuple[int, int], num_cached: int, like: Tensor,
 ) -> AttentionPlan:  # fmt: skip
     """Merged attention of a decoder.
 
     Args:
-        module: the stack; has the configuration.
+        stack: has the configuration.
         queries, encoder: the tokens of both, or None where they stay padded.
         masks: in that case [B, cached + new tokens] of the decoder and [B, S] of the encoder; None: nothing is padded.
         widths: in that case new tokens of the decoder, and tokens of the encoder.
         num_cached: tokens in the cache.
         like: has the dtype and device of the computation.
     """
-    place = {"dtype": like.dtype, "device": like.device}
+    dtype, device = like.dtype, like.device
     if queries is None or encoder is None:
-        bias = merged_attention_bias(*widths, *masks, num_cached, **place)
-        return AttentionPlan(
-            _with_masks(module), positions_of(masks[0], num_cached, widths[0], like.device), None, None, bias
-        )
-    name = _with_packing(module, like)
-    if name == SPLIT:
-        allowed = None
-    elif name == FLEX:
+        own, crossed = map(_tensor, masks)
+        positions = positions_of(own, num_cached, widths[0], device)
+        bias = merged_attention_bias(*widths, own, crossed, num_cached, dtype=dtype, device=device)
+        return AttentionPlan(_with_masks(stack), positions, None, None, bias)
+    name = _with_packing(stack, like)
+    allowed: Any = None
+    if name == FLEX:
         allowed = packed_block_mask(queries, encoder, causal=True)
-    else:  # sequences stand at the left: causality hides what is behind them
+    elif name in (SDPA, EAGER):  # sequences stand at the left: causality hides what is behind them
         padded = None if encoder.slots is None else _within(encoder)
-        allowed = merged_attention_bias(queries.longest, encoder.longest, None, padded, 0, **place)
+        lengths = queries.longest, encoder.longest
+        allowed = merged_attention_bias(*lengths, None, padded, 0, dtype=dtype, device=device)
     return AttentionPlan(name, queries.positions, queries, encoder, allowed)
 
 
-def attend(module: nn.Module, plan: AttentionPlan, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def attend(module: Attending, plan: AttentionPlan, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attention of sequences to themselves.
 
     Args:
-        module: has ``scaling``, ``is_causal``, ``attention_dropout``.
         query: [B, N_q, S, D] or [1, N_q, T, D].
         key, value: [B, N_k, S, D] or [1, N_k, T, D].
 
@@ -166,12 +174,11 @@ def attend(module: nn.Module, plan: AttentionPlan, query: Tensor, key: Tensor, v
 
 
 def attend_merged(
-    module: nn.Module, plan: AttentionPlan, query: Tensor, own: tuple[Tensor, Tensor], encoder: tuple[Tensor, Tensor]
+    module: Attending, plan: AttentionPlan, query: Tensor, own: tuple[Tensor, Tensor], encoder: tuple[Tensor, Tensor]
 ) -> Tensor:
     """Attention of a decoder to its own past and to an encoder's output, under one softmax.
 
     Args:
-        module: has ``scaling``, ``attention_dropout``.
         query: [B, N_q, S, D] or [1, N_q, T, D].
         own, encoder: keys and values of both, [B, N_k, tokens, D] or [1, N_k, tokens, D].
 
@@ -179,6 +186,8 @@ def attend_merged(
         [B, S, N_q, D] or [1, T, N_q, D].
     """
     queries, crossed = plan.queries, plan.encoder
+    if query.shape[2] == 0:
+        return query.transpose(1, 2)
     if queries is not None and crossed is not None and plan.implementation == SPLIT:
         dtype = own[1].dtype
         tensors = _tokens_first(*(tensor.to(dtype) for tensor in (query, *own, *encoder)))
@@ -195,21 +204,34 @@ def attend_merged(
     return attended if queries is None else queries.gather(attended)
 
 
-def _attend_with_mask(module: nn.Module, plan: AttentionPlan, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _attend_with_mask(module: Attending, plan: AttentionPlan, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     attention = ALL_ATTENTION_FUNCTIONS.get_interface(plan.implementation, eager_attention_forward)
     dropout = module.attention_dropout if module.training else 0.0
     return attention(module, query, key, value, plan.mask, dropout=dropout, scaling=module.scaling)[0]
 
 
-def _with_packing(module: nn.Module, like: Tensor) -> str:
+def _with_packing(stack: nn.Module, like: Tensor) -> str:
     """What is configured, or sdpa where these tensors are not for it (say, float32 on a GPU)."""
-    config = module.config
-    name, dropout = config._attn_implementation, config.attention_dropout if module.training else 0.0
+    config: Any = stack.config
+    dropout = config.attention_dropout if stack.training else 0.0
+    name = config._attn_implementation
     return name if legal(name, like.device, like.dtype, config.head_dim, dropout) else SDPA
 
 
-def _with_masks(module: nn.Module) -> str:
-    return EAGER if module.config._attn_implementation == EAGER else SDPA
+def _with_masks(stack: nn.Module) -> str:
+    config: Any = stack.config
+    return EAGER if config._attn_implementation == EAGER else SDPA
+
+
+def _tensor(mask: AttentionMask) -> Tensor | None:
+    """Of tokens that stay padded.
+
+    Raises:
+        TypeError: it is given as sequences.
+    """
+    if isinstance(mask, Sequences):
+        raise TypeError("with a cache, and inside torch.compile, an attention mask must be a tensor of ones and zeros")
+    return mask
 
 
 def _within(sequences: Sequences) -> Tensor:

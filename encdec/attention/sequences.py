@@ -24,7 +24,7 @@ class Sequences(NamedTuple):
     """[B + 1] int32: sequence b is tokens offsets[b] to offsets[b + 1] (flash attention's cu_seqlens)."""
     positions: Tensor
     """[1, T] int64: each token's place in its sequence."""
-    count: int
+    batch: int
     """B."""
     width: int
     """S."""
@@ -33,31 +33,31 @@ class Sequences(NamedTuple):
     source: Tensor | None
     """[T] int64: each token's place in a flattened [B, S]; None where that is the identity."""
     slots: Tensor | None
-    """[T] int64: each token's place in a flattened [B, L], every sequence at the left; None where it is the identity."""
+    """[T] int64: each token's place in a flattened [B, L], each sequence at the left; None where it is the identity."""
 
     @classmethod
-    def whole(cls, count: int, width: int, device: torch.device) -> Sequences:
-        """``count`` sequences of ``width`` tokens each, nothing padded."""
-        offsets = torch.arange(count + 1, dtype=torch.int32, device=device) * width
-        positions = torch.arange(width, device=device).repeat(count)[None]
-        return cls(offsets, positions, count, width, width, None, None)
+    def whole(cls, batch: int, width: int, device: torch.device) -> Sequences:
+        """``batch`` sequences of ``width`` tokens each, nothing padded."""
+        offsets = torch.arange(batch + 1, dtype=torch.int32, device=device) * width
+        positions = torch.arange(width, device=device).repeat(batch)[None]
+        return cls(offsets, positions, batch, width, width, None, None)
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> Sequences:
         """The tokens at which ``mask`` [B, S] is not zero, wherever they stand; waits for the device once or twice."""
-        kept, (count, width) = mask.bool(), mask.shape
+        kept, (batch, width) = mask.bool(), mask.shape
         lengths = kept.sum(1)
         host_lengths = lengths.tolist()
         if all(length == width for length in host_lengths):
-            return cls.whole(count, width, mask.device)
+            return cls.whole(batch, width, mask.device)
         longest = max(host_lengths)
-        offsets = torch.zeros(count + 1, dtype=torch.int32, device=mask.device)
+        offsets = torch.zeros(batch + 1, dtype=torch.int32, device=mask.device)
         offsets[1:] = lengths.cumsum(0)
         source = kept.flatten().nonzero()[:, 0]
         positions = (kept.cumsum(1) - 1).flatten()[source]
         slots = source // width * longest + positions
         uniform = all(length == longest for length in host_lengths)
-        return cls(offsets, positions[None], count, width, longest, source, None if uniform else slots)
+        return cls(offsets, positions[None], batch, width, longest, source, None if uniform else slots)
 
     @property
     def lengths(self) -> Tensor:
@@ -77,11 +77,11 @@ class Sequences(NamedTuple):
 
     def unpack(self, packed: Tensor) -> Tensor:
         """[1, T, ...] -> [B, S, ...], zeros where padded."""
-        return _scattered(packed[0], self.source, self.count, self.width)
+        return _scattered(packed[0], self.source, self.batch, self.width)
 
     def spread(self, packed: Tensor) -> Tensor:
         """[1, N, T, D] -> [B, N, L, D], every sequence at the left, zeros behind it."""
-        return _scattered(packed[0].transpose(0, 1), self.slots, self.count, self.longest).transpose(1, 2)
+        return _scattered(packed[0].transpose(0, 1), self.slots, self.batch, self.longest).transpose(1, 2)
 
     def gather(self, spread: Tensor) -> Tensor:
         """[B, L, N, D] -> [1, T, N, D]."""
@@ -89,12 +89,12 @@ class Sequences(NamedTuple):
         return (flat if self.slots is None else flat.index_select(0, self.slots))[None]
 
 
-def _scattered(tokens: Tensor, places: Tensor | None, count: int, width: int) -> Tensor:
-    """[T, ...] -> [count, width, ...], zeros where no token is placed."""
+def _scattered(tokens: Tensor, places: Tensor | None, batch: int, width: int) -> Tensor:
+    """[T, ...] -> [batch, width, ...], zeros where no token is placed."""
     if places is not None:
-        empty = tokens.new_zeros(count * width, *tokens.shape[1:])
+        empty = tokens.new_zeros(batch * width, *tokens.shape[1:])
         tokens = empty.index_copy(0, places, tokens)
-    return tokens.unflatten(0, (count, width))
+    return tokens.unflatten(0, (batch, width))
 
 
 def tokens_before_the_end(labels: Tensor, ignored: int) -> Tensor:
