@@ -164,7 +164,7 @@ def attend(module: Attending, plan: AttentionPlan, query: Tensor, key: Tensor, v
     if queries is None:
         return _attend_with_mask(module, plan, query, key, value)
     if query.shape[2] == 0:
-        return query.transpose(1, 2)
+        return _nothing(query, key, value)
     if plan.implementation == SPLIT:
         tensors = _tokens_first(query.to(value.dtype), key.to(value.dtype), value)
         return packed_attention(*tensors, queries.offsets, queries.longest, module.is_causal, module.scaling)[0][None]
@@ -187,7 +187,7 @@ def attend_merged(
     """
     queries, crossed = plan.queries, plan.encoder
     if query.shape[2] == 0:
-        return query.transpose(1, 2)
+        return _nothing(query, *own, *encoder)
     if queries is not None and crossed is not None and plan.implementation == SPLIT:
         dtype = own[1].dtype
         tensors = _tokens_first(*(tensor.to(dtype) for tensor in (query, *own, *encoder)))
@@ -208,6 +208,11 @@ def _attend_with_mask(module: Attending, plan: AttentionPlan, query: Tensor, key
     attention = ALL_ATTENTION_FUNCTIONS.get_interface(plan.implementation, eager_attention_forward)
     dropout = module.attention_dropout if module.training else 0.0
     return attention(module, query, key, value, plan.mask, dropout=dropout, scaling=module.scaling)[0]
+
+
+def _nothing(query: Tensor, *others: Tensor) -> Tensor:
+    """No token, but a gradient (zero) for all: sharded training waits for each parameter's."""
+    return (query + sum(other.sum() for other in others)).transpose(1, 2)
 
 
 def _with_packing(stack: nn.Module, like: Tensor) -> str:
