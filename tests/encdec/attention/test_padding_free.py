@@ -12,7 +12,13 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from encdec.attention.sequences import Sequences
 from tests.encdec.attention.batches import (
-    SHAPE, UNEVEN, loss_and_gradients, padding_computed, tiny_model, tokens, uneven_batch,
+    SHAPE,
+    UNEVEN,
+    loss_and_gradients,
+    padding_computed,
+    tiny_model,
+    tokens,
+    uneven_batch,
 )  # fmt: skip
 
 TRAINABLE = ["split", "sdpa", "eager"]
