@@ -8,99 +8,68 @@ Shape legend:
     S_e  encoder tokens                  D    head size
     S_d  decoder tokens of this call     N_q  query heads
     P    decoder tokens in the cache     N_k  key and value heads
+    T    tokens of all examples, where they are packed without padding
 """
 
 from __future__ import annotations
 
 import torch
 from transformers.cache_utils import EncoderDecoderCache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, apply_rotary_pos_emb, eager_attention_forward
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, apply_rotary_pos_emb
+
+from encdec.attention.plan import AttentionPlan, attend, attend_merged
 
 KeysAndValues = tuple[torch.Tensor, torch.Tensor]  # each [B, N_k, S, D]
 
 
-def attention_bias(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Turn a boolean mask (True: may attend) into the additive one that eager and SDPA attention both take.
+class Qwen3EncoderAttention(Qwen3Attention):
+    """Qwen3's attention, every token of a sequence to every other."""
 
-    Blocked positions get the lowest number that bfloat16 still holds, not -inf: a row without a single allowed key (a
-    padded query of an empty input) then stays finite, where a NaN would spread through masked values (0 * NaN = NaN).
-    """
-    lowest = max(torch.finfo(dtype).min, torch.finfo(torch.bfloat16).min)
-    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, lowest)
+    def __init__(self, config, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.is_causal = False
 
-
-def encoder_attention_bias(attention_mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """[B, S_e] of ones and zeros -> [B, 1, 1, S_e]. None (no padding) stays None, for SDPA's flash kernel."""
-    return None if attention_mask is None else attention_bias(attention_mask.bool()[:, None, None, :], dtype)
-
-
-def merged_attention_bias(
-    decoder_hidden: torch.Tensor,
-    encoder_hidden: torch.Tensor,
-    decoder_attention_mask: torch.Tensor | None,
-    encoder_attention_mask: torch.Tensor | None,
-    num_cached: int,
-) -> torch.Tensor:
-    """Mask of the merged attention: causal over decoder keys, padding only over encoder keys.
-
-    Args:
-        decoder_hidden: [B, S_d, H]; gives sizes, dtype and device.
-        encoder_hidden: [B, S_e, H]; S_e may be 0.
-        decoder_attention_mask: [B, P + S_d], 1 for tokens and 0 for padding, or None.
-        encoder_attention_mask: [B, S_e], likewise.
-        num_cached: P.
-
-    Returns:
-        [B or 1, 1, S_d, P + S_d + S_e], to be added to the attention scores.
-    """
-    num_queries, num_encoder_keys, device = decoder_hidden.shape[1], encoder_hidden.shape[1], decoder_hidden.device
-    decoder_keys = torch.ones(1, num_queries, num_cached + num_queries, dtype=torch.bool, device=device)
-    decoder_keys = decoder_keys.tril(diagonal=num_cached)  # query i sees the cache and the new tokens up to itself
-    encoder_keys = torch.ones(1, num_queries, num_encoder_keys, dtype=torch.bool, device=device)
-    if decoder_attention_mask is not None:
-        decoder_keys = decoder_keys & decoder_attention_mask.bool()[:, None, :]
-    if encoder_attention_mask is not None:
-        encoder_keys = encoder_keys & encoder_attention_mask.bool()[:, None, :]
-    batch = max(decoder_keys.shape[0], encoder_keys.shape[0])
-    allowed = torch.cat([decoder_keys.expand(batch, -1, -1), encoder_keys.expand(batch, -1, -1)], dim=-1)
-    return attention_bias(allowed[:, None], decoder_hidden.dtype)
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        plan: AttentionPlan,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        """[B, S, H] -> [B, S, H], or packed [1, T, H] -> [1, T, H], as `plan` says."""
+        query, key, value = (
+            project(hidden_states).unflatten(-1, (-1, self.head_dim))
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query, key, value = (
+            heads.transpose(1, 2) for heads in (self.q_norm(query), self.k_norm(key), value)
+        )  # [B, N, S, D]
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        return self.o_proj(attend(self, plan, query, key, value).flatten(2))
 
 
 class Qwen3MergedAttention(Qwen3Attention):
     """Self- and cross-attention of a decoder layer with one set of projections and one softmax.
 
-    Encoder keys pass k_proj and k_norm like decoder keys but get no RoPE: their positions live on another axis. The
-    mask always is a tensor, which is what keeps SDPA from adding a causal one of its own.
+    Encoder keys pass k_proj and k_norm like decoder keys but get no RoPE: their positions live on another axis.
     """
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor,
+        plan: AttentionPlan,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         past_key_values: EncoderDecoderCache | None = None,
     ) -> torch.Tensor:
-        """[B, S_d, H] and [B, S_e, H] -> [B, S_d, H]; `attention_mask` is `merged_attention_bias`'s."""
+        """[B, S_d, H] and [B, S_e, H] -> [B, S_d, H], or all of them packed [1, T, H], as `plan` says."""
         query = self.q_norm(self._split_heads(self.q_proj(hidden_states))).transpose(1, 2)  # [B, N_q, S_d, D]
         key, value = self._keys_and_values(hidden_states)  # [B, N_k, S_d, D]
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.self_attention_cache.update(key, value, self.layer_idx)  # [B, N_k, P + S_d, D]
-        encoder_key, encoder_value = self._encoder_keys_and_values(encoder_hidden_states, past_key_values)
-
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        attended, _ = attend(
-            self,
-            query,
-            torch.cat([key, encoder_key], dim=2),  # [B, N_k, P + S_d + S_e, D]
-            torch.cat([value, encoder_value], dim=2),
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-        )
-        return self.o_proj(attended.flatten(2))  # attended: [B, S_d, N_q, D]
+        encoder = self._encoder_keys_and_values(encoder_hidden_states, past_key_values)
+        attended = attend_merged(self, plan, query, (key, value), encoder)  # [B, S_d, N_q, D]
+        return self.o_proj(attended.flatten(2))
 
     def _encoder_keys_and_values(
         self, encoder_hidden_states: torch.Tensor, past_key_values: EncoderDecoderCache | None

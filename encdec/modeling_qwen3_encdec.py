@@ -25,27 +25,41 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPastAndCrossAttentions,
     Seq2SeqLMOutput,
 )
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer as Qwen3CausalLayer
 from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3MLP,
     Qwen3RMSNorm,
     Qwen3RotaryEmbedding,
 )
 
+from encdec.attention.plan import AttentionMask, AttentionPlan, lay_out, plan_decoder, plan_encoder, without_padding
+from encdec.attention.sequences import tokens_before_the_end
 from encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
-from encdec.merged_attention import Qwen3MergedAttention, encoder_attention_bias, merged_attention_bias
+from encdec.merged_attention import Qwen3EncoderAttention, Qwen3MergedAttention
 
 IGNORED_LABEL = -100  # torch's and transformers' mark for label positions without loss
 
 
-class Qwen3EncoderLayer(Qwen3CausalLayer):
+class Qwen3EncoderLayer(GradientCheckpointingLayer):
     """transformers' Qwen3 layer without the causal mask: every token sees every token."""
 
     def __init__(self, config: Qwen3EncoderDecoderConfig, layer_idx: int) -> None:
         # Qwen3 looks its index up in `layer_types` and in a cache. The first has one entry per DECODER layer, all of
         # them alike, and an encoder has no cache: so the index of every encoder layer is 0.
-        super().__init__(config, layer_idx=0)
-        self.self_attn.is_causal = False
+        super().__init__()
+        self.self_attn = Qwen3EncoderAttention(config, layer_idx=0)
+        self.mlp = Qwen3MLP(config)
+        self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        plan: AttentionPlan,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        """[B, S_e, H] -> [B, S_e, H], or packed [1, T, H] -> [1, T, H], as `plan` says."""
+        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), plan, position_embeddings)
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
 class Qwen3DecoderLayer(GradientCheckpointingLayer):
@@ -62,15 +76,18 @@ class Qwen3DecoderLayer(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor,
+        plan: AttentionPlan,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         past_key_values: EncoderDecoderCache | None = None,
     ) -> torch.Tensor:
-        """[B, S_d, H] and [B, S_e, H] -> [B, S_d, H]. Both are positional: re-entrant checkpointing needs it so."""
+        """[B, S_d, H] and [B, S_e, H] -> [B, S_d, H], or all of them packed [1, T, H], as `plan` says.
+
+        Hidden states are positional: re-entrant checkpointing needs it so.
+        """
         hidden_states = hidden_states + self.self_attn(
             self.input_layernorm(hidden_states),
             encoder_hidden_states,
-            attention_mask,
+            plan,
             position_embeddings,
             past_key_values,
         )
@@ -85,7 +102,8 @@ class Qwen3EncoderDecoderPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["Qwen3EncoderLayer", "Qwen3DecoderLayer"]
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
-    _supports_sdpa = True  # flash attention cannot express the merged mask
+    _supports_sdpa = True
+    _supports_flex_attn = True  # and "split", of encdec.attention: flash attention alone cannot express the merged mask
 
 
 class Qwen3Stack(Qwen3EncoderDecoderPreTrainedModel):
@@ -132,11 +150,6 @@ class Qwen3Stack(Qwen3EncoderDecoderPreTrainedModel):
             state_dict = self.state_dict() | {"embed_tokens.weight": self.embed_tokens.weight}
         super().save_pretrained(save_directory, state_dict=state_dict, **kwargs)
 
-    def _rotary(self, hidden_states: torch.Tensor, first_position: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin, each [1, S, D], of the positions from `first_position` on."""
-        end = first_position + hidden_states.shape[1]
-        return self.rotary_emb(hidden_states, torch.arange(first_position, end, device=hidden_states.device)[None])
-
 
 class Qwen3Encoder(Qwen3Stack):
     """Bidirectional Qwen3. Stands alone, too: without `embed_tokens` it owns its embedding."""
@@ -145,23 +158,27 @@ class Qwen3Encoder(Qwen3Stack):
         super().__init__(config, Qwen3EncoderLayer, config.num_encoder_layers or config.num_hidden_layers, embed_tokens)
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **_generation_kwargs
+        self, input_ids: torch.Tensor, attention_mask: AttentionMask = None, **_generation_kwargs
     ) -> BaseModelOutput:
-        """Encode tokens.
+        """Encode tokens. No layer computes padding.
 
         Args:
             input_ids: [B, S_e] token ids.
-            attention_mask: [B, S_e], 1 for tokens and 0 for padding; None where nothing is padded.
+            attention_mask: [B, S_e], 1 for tokens and 0 for padding, or the `Sequences` that it comes to; None where
+                nothing is padded.
             **_generation_kwargs: what `generate` hands every encoder (`return_dict`, ...); without effect.
 
         Returns:
-            `last_hidden_state` [B, S_e, H], after the final norm.
+            `last_hidden_state` [B, S_e, H], after the final norm; as a rule zeros where padded.
         """
-        hidden_states = self.embed_tokens(input_ids)
-        bias = encoder_attention_bias(attention_mask, hidden_states.dtype)
-        position_embeddings = self._rotary(hidden_states)
+        sequences = lay_out(attention_mask, input_ids.shape, input_ids.device)
+        hidden_states = self.embed_tokens(input_ids if sequences is None else sequences.pack(input_ids))
+        plan = plan_encoder(self, sequences, attention_mask, input_ids.shape, hidden_states)
+        position_embeddings = self.rotary_emb(hidden_states, plan.positions)
         for layer in self.layers:
-            hidden_states = layer(hidden_states, attention_mask=bias, position_embeddings=position_embeddings)
+            hidden_states = layer(hidden_states, plan, position_embeddings)
+        if sequences is not None:
+            hidden_states = sequences.unpack(hidden_states)
         return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
 
 
@@ -175,32 +192,43 @@ class Qwen3Decoder(Qwen3Stack):
         self,
         input_ids: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        encoder_attention_mask: torch.Tensor | None = None,
+        attention_mask: AttentionMask = None,
+        encoder_attention_mask: AttentionMask = None,
         past_key_values: EncoderDecoderCache | None = None,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
-        """Decode tokens; `past_key_values` is extended in place.
+        """Decode tokens; `past_key_values` is extended in place. Without a cache, no layer computes padding.
+
+        A token's position is its place among the tokens of its sequence: padding on the left shifts nothing.
 
         Args:
             input_ids: [B, S_d] ids of the tokens that are not in the cache.
             encoder_hidden_states: [B, S_e, H], the encoder's output.
-            attention_mask: [B, P + S_d], 1 for tokens and 0 for padding; None where nothing is padded.
+            attention_mask: [B, P + S_d], 1 for tokens and 0 for padding; None where nothing is padded. Without a cache
+                it may be the `Sequences` that it comes to.
             encoder_attention_mask: [B, S_e], likewise.
             past_key_values: cache of P tokens, or None.
 
         Returns:
-            `last_hidden_state` [B, S_d, H], after the final norm, and `past_key_values`.
+            `last_hidden_state` [B, S_d, H], after the final norm, as a rule zeros where padded; `past_key_values`.
         """
+        num_cached, queries, encoder = 0, None, None
+        if past_key_values is None:
+            queries = lay_out(attention_mask, input_ids.shape, input_ids.device)
+            encoder = lay_out(encoder_attention_mask, encoder_hidden_states.shape[:2], input_ids.device)
+        else:
+            num_cached = int(past_key_values.get_seq_length())
+        masks, widths = (attention_mask, encoder_attention_mask), (input_ids.shape[1], encoder_hidden_states.shape[1])
+        if queries is not None and encoder is not None:
+            input_ids, encoder_hidden_states = queries.pack(input_ids), encoder.pack(encoder_hidden_states)
         hidden_states = self.embed_tokens(input_ids)
-        num_cached = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-        bias = merged_attention_bias(
-            hidden_states, encoder_hidden_states, attention_mask, encoder_attention_mask, num_cached
-        )
-        position_embeddings = self._rotary(hidden_states, first_position=num_cached)
+        plan = plan_decoder(self, queries, encoder, masks, widths, num_cached, hidden_states)
+        position_embeddings = self.rotary_emb(hidden_states, plan.positions)
         for layer in self.layers:
             hidden_states = layer(
-                hidden_states, encoder_hidden_states, bias, position_embeddings, past_key_values=past_key_values
+                hidden_states, encoder_hidden_states, plan, position_embeddings, past_key_values=past_key_values
             )
+        if plan.queries is not None:
+            hidden_states = plan.queries.unpack(hidden_states)
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
         )
@@ -265,10 +293,11 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: [B, S_e] encoder tokens; not needed where `encoder_outputs` is given.
-            attention_mask: [B, S_e], 1 for tokens and 0 for padding; None where nothing is padded (faster).
+            attention_mask: [B, S_e], 1 for tokens and 0 for padding; None where nothing is padded.
             labels: [B, S_d] target ids, -100 where there is no loss.
             decoder_input_ids: [B, S_d]; by default the labels, shifted right.
-            decoder_attention_mask: [B, P + S_d]. Padding behind the targets needs none: nothing looks ahead.
+            decoder_attention_mask: [B, P + S_d]; where the decoder's input is made from labels, by default what is
+                behind the last label of each row is padding, and its logits are 0.
             encoder_outputs: what the encoder returned before.
             past_key_values: cache to extend.
             use_cache: start a cache where none is given; off by default whenever there are labels.
@@ -284,19 +313,24 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
             ValueError: neither encoder input, or neither decoder input, is given.
         """
         if decoder_input_ids is None and labels is not None:
+            if decoder_attention_mask is None and not use_cache and past_key_values is None:
+                decoder_attention_mask = tokens_before_the_end(labels, IGNORED_LABEL)
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         if decoder_input_ids is None or (input_ids is None and encoder_outputs is None):
             raise ValueError("give input_ids or encoder_outputs, and labels or decoder_input_ids")
-        if encoder_outputs is None:
-            encoder_outputs = self.encoder(input_ids, attention_mask)
         if use_cache and past_key_values is None:
             past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        masks: tuple[AttentionMask, AttentionMask] = (attention_mask, decoder_attention_mask)
+        if past_key_values is None:  # before anything is computed: the host waits for the masks alone
+            masks = without_padding(attention_mask), without_padding(decoder_attention_mask)
+        if encoder_outputs is None:
+            encoder_outputs = self.encoder(input_ids, masks[0])
 
         decoded = self.decoder(
             decoder_input_ids,
             encoder_outputs[0],
-            attention_mask=decoder_attention_mask,
-            encoder_attention_mask=attention_mask,
+            attention_mask=masks[1],
+            encoder_attention_mask=masks[0],
             past_key_values=past_key_values,
         )
         logits = F.linear(decoded.last_hidden_state, self.shared.weight)

@@ -25,6 +25,7 @@ from encdec.modeling_qwen3_encdec import Qwen3ForSeq2SeqLM
 from encdec.pipeline.config import Launch
 from encdec.pipeline.facts import newest_attempt_says
 from encdec.pipeline.scales import ScaleConfig
+from encdec.training.attention_choice import attention_by_rule
 from encdec.training.build import build_model
 from encdec.training.config import FullConfig
 from encdec.training.execution import LoopGates
@@ -164,5 +165,5 @@ def empty_model(paths: RunPaths, config: FullConfig) -> Qwen3ForSeq2SeqLM:
     """The model that a run directory describes, its parameters without values."""
     with no_init_weights():
         model = Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderConfig.from_pretrained(paths.model))
-    model.set_attn_implementation("sdpa" if config.model.use_flash_attention else "eager")
+    model.set_attn_implementation(attention_by_rule(config))
     return model

@@ -29,6 +29,7 @@ from encdec.records import JsonLinesWriter, event
 from encdec.tokenization_qwen3_encdec import Qwen3EncoderDecoderTokenizer
 from encdec.training import sharding
 from encdec.training.alerts import Notifier, Watch
+from encdec.training.attention_choice import attention_by_rule, settle_attention
 from encdec.training.auto_batch import settle_micro_batch
 from encdec.training.config import FullConfig
 from encdec.training.engines import start_engine
@@ -144,12 +145,12 @@ def build_model(config: FullConfig, tokenizer: Qwen3EncoderDecoderTokenizer, *, 
         )
         model = build_from_scratch(shape, config.training.seed) if fill else allocate(shape, torch.float32)
     tokenizer.assert_matches(model.config)
+    model.set_attn_implementation(attention_by_rule(config))
     return _as_configured(model, config)
 
 
 def _as_configured(model: Qwen3ForSeq2SeqLM, config: FullConfig) -> Qwen3ForSeq2SeqLM:
-    """How a model computes, whatever its weights."""
-    model.set_attn_implementation("sdpa" if config.model.use_flash_attention else "eager")
+    """How a model computes, whatever its weights and its attention."""
     if config.infra.fsdp_activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
@@ -183,6 +184,8 @@ def build_trainer(
     config = run.config.model_copy(deep=True)
     dtype = sharding.compute_dtype(config.training, device)
     rank, world = distributed.rank(), distributed.world_size()
+    if isinstance(model, Qwen3ForSeq2SeqLM):  # a factory's model has whatever attention it has
+        settle_attention(model, config, paths, attempt, device=device, dtype=dtype)
     micro, accumulation = settle_micro_batch(
         run, paths, attempt, device=device, dtype=dtype, make_twin=lambda: empty_twin(model, config)
     )

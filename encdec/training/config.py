@@ -70,11 +70,24 @@ class ModelConfig(Section):
     num_sentinel_tokens: Annotated[int, Field(gt=0, le=2**16)] = 100
     """Sentinels for span corruption; also the most spans one example can have."""
     use_flash_attention: bool = True
-    """Fused attention: torch SDPA picks the fastest kernel that can express the mask. False: plain matrix products."""
+    """Fused attention, by the implementation below. False: plain matrix products (eager)."""
+    attn_implementation: Literal["auto", "split", "flex_attention", "sdpa", "eager"] = "auto"
+    """Which one. split: flash attention over the decoder's and over the encoder's keys, under one softmax.
+    flex_attention: one kernel made for the mask, GPU only. sdpa: torch's choice for a mask that is a tensor. auto: on a
+    GPU the fastest, measured at the run's start and then kept to; on CPU split for long sequences, else sdpa."""
     from_scratch: ArchitectureConfig | None = None
     """Sizes of a model with random weights, instead of ``model_name_or_path``."""
     train_tokenizer_vocab_size: Size | None = None
     """Entries of a byte-level BPE trained on the corpus, sentinels included, instead of ``tokenizer_name_or_path``."""
+
+    @model_validator(mode="after")
+    def _one_attention(self) -> ModelConfig:
+        if not self.use_flash_attention and self.attn_implementation not in ("auto", "eager"):
+            raise ValueError(
+                "use_flash_attention=false is attn_implementation eager, found "
+                f"{self.attn_implementation}; remove one of the two"
+            )
+        return self
 
 
 class DataConfig(Section):

@@ -1,0 +1,1 @@
+"""Attention over sequences of different lengths, without computing padding: how tokens lie, and who attends to what."""
