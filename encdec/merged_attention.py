@@ -81,8 +81,12 @@ class Qwen3MergedAttention(Qwen3Attention):
         attention_mask: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         past_key_values: EncoderDecoderCache | None = None,
-    ) -> torch.Tensor:
-        """[B, S_d, H] and [B, S_e, H] -> [B, S_d, H]; `attention_mask` is `merged_attention_bias`'s."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """[B, S_d, H] and [B, S_e, H] -> [B, S_d, H]; `attention_mask` is `merged_attention_bias`'s.
+
+        Beside it, of eager attention alone, the weights of the decoder keys [B, N_q, S_d, P + S_d] and of the encoder
+        keys [B, N_q, S_d, S_e] for each query; both together sum to 1.
+        """
         query = self.q_norm(self._split_heads(self.q_proj(hidden_states))).transpose(1, 2)  # [B, N_q, S_d, D]
         key, value = self._keys_and_values(hidden_states)  # [B, N_k, S_d, D]
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
@@ -91,7 +95,7 @@ class Qwen3MergedAttention(Qwen3Attention):
         encoder_key, encoder_value = self._encoder_keys_and_values(encoder_hidden_states, past_key_values)
 
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        attended, _ = attend(
+        attended, weights = attend(
             self,
             query,
             torch.cat([key, encoder_key], dim=2),  # [B, N_k, P + S_d + S_e, D]
@@ -100,7 +104,10 @@ class Qwen3MergedAttention(Qwen3Attention):
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
         )
-        return self.o_proj(attended.flatten(2))  # attended: [B, S_d, N_q, D]
+        output = self.o_proj(attended.flatten(2))  # attended: [B, S_d, N_q, D]
+        if weights is None:
+            return output, None, None
+        return output, weights[..., : key.shape[2]], weights[..., key.shape[2] :]
 
     def _encoder_keys_and_values(
         self, encoder_hidden_states: torch.Tensor, past_key_values: EncoderDecoderCache | None

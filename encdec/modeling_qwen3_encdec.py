@@ -12,7 +12,7 @@ Shape legend:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -25,17 +25,21 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPastAndCrossAttentions,
     Seq2SeqLMOutput,
 )
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer as Qwen3CausalLayer
+from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.qwen3.modeling_qwen3 import (
+    Qwen3Attention,
     Qwen3MLP,
     Qwen3RMSNorm,
     Qwen3RotaryEmbedding,
 )
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer as Qwen3CausalLayer
+from transformers.utils import can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
+from encdec.cross_entropy import IGNORED_LABEL, MAX_LOGITS_BYTES, chunked_cross_entropy
 from encdec.merged_attention import Qwen3MergedAttention, encoder_attention_bias, merged_attention_bias
-
-IGNORED_LABEL = -100  # torch's and transformers' mark for label positions without loss
+from encdec.model_inputs import check_inputs, check_length, check_token_ids
 
 
 class Qwen3EncoderLayer(Qwen3CausalLayer):
@@ -67,13 +71,14 @@ class Qwen3DecoderLayer(GradientCheckpointingLayer):
         past_key_values: EncoderDecoderCache | None = None,
     ) -> torch.Tensor:
         """[B, S_d, H] and [B, S_e, H] -> [B, S_d, H]. Both are positional: re-entrant checkpointing needs it so."""
-        hidden_states = hidden_states + self.self_attn(
+        attended, *_ = self.self_attn(
             self.input_layernorm(hidden_states),
             encoder_hidden_states,
             attention_mask,
             position_embeddings,
             past_key_values,
         )
+        hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
@@ -141,9 +146,12 @@ class Qwen3Stack(Qwen3EncoderDecoderPreTrainedModel):
 class Qwen3Encoder(Qwen3Stack):
     """Bidirectional Qwen3. Stands alone, too: without `embed_tokens` it owns its embedding."""
 
+    _can_record_outputs: ClassVar[dict[str, Any]] = {"hidden_states": Qwen3EncoderLayer, "attentions": Qwen3Attention}
+
     def __init__(self, config: Qwen3EncoderDecoderConfig, embed_tokens: nn.Embedding | None = None) -> None:
         super().__init__(config, Qwen3EncoderLayer, config.num_encoder_layers or config.num_hidden_layers, embed_tokens)
 
+    @capture_outputs
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **_generation_kwargs
     ) -> BaseModelOutput:
@@ -152,10 +160,11 @@ class Qwen3Encoder(Qwen3Stack):
         Args:
             input_ids: [B, S_e] token ids.
             attention_mask: [B, S_e], 1 for tokens and 0 for padding; None where nothing is padded.
-            **_generation_kwargs: what `generate` hands every encoder (`return_dict`, ...); without effect.
+            **_generation_kwargs: `output_hidden_states`, `output_attentions` (of eager attention), `return_dict`; what
+                else `generate` hands every encoder is without effect.
 
         Returns:
-            `last_hidden_state` [B, S_e, H], after the final norm.
+            `last_hidden_state` [B, S_e, H], after the final norm, and what was asked for beside it.
         """
         hidden_states = self.embed_tokens(input_ids)
         bias = encoder_attention_bias(attention_mask, hidden_states.dtype)
@@ -168,9 +177,16 @@ class Qwen3Encoder(Qwen3Stack):
 class Qwen3Decoder(Qwen3Stack):
     """Causal Qwen3 whose every layer also attends to the encoder's output."""
 
+    _can_record_outputs: ClassVar[dict[str, Any]] = {
+        "hidden_states": Qwen3DecoderLayer,
+        "attentions": OutputRecorder(Qwen3MergedAttention, index=1),
+        "cross_attentions": OutputRecorder(Qwen3MergedAttention, index=2),
+    }
+
     def __init__(self, config: Qwen3EncoderDecoderConfig, embed_tokens: nn.Embedding | None = None) -> None:
         super().__init__(config, Qwen3DecoderLayer, config.num_hidden_layers, embed_tokens)
 
+    @capture_outputs
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -178,6 +194,7 @@ class Qwen3Decoder(Qwen3Stack):
         attention_mask: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
         past_key_values: EncoderDecoderCache | None = None,
+        **_outputs_asked_for,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """Decode tokens; `past_key_values` is extended in place.
 
@@ -187,9 +204,10 @@ class Qwen3Decoder(Qwen3Stack):
             attention_mask: [B, P + S_d], 1 for tokens and 0 for padding; None where nothing is padded.
             encoder_attention_mask: [B, S_e], likewise.
             past_key_values: cache of P tokens, or None.
+            **_outputs_asked_for: `output_hidden_states`, `output_attentions` (of eager attention).
 
         Returns:
-            `last_hidden_state` [B, S_d, H], after the final norm, and `past_key_values`.
+            `last_hidden_state` [B, S_d, H], after the final norm, `past_key_values`, and what was asked for.
         """
         hidden_states = self.embed_tokens(input_ids)
         num_cached = 0 if past_key_values is None else int(past_key_values.get_seq_length())
@@ -216,6 +234,7 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: Qwen3EncoderDecoderConfig) -> None:
         super().__init__(config)
+        self.max_logits_bytes = MAX_LOGITS_BYTES  # of one piece of the loss, `encdec.cross_entropy`
         self.shared = new_embedding(config)
         self.encoder = Qwen3Encoder(config, self.shared)
         self.decoder = Qwen3Decoder(config, self.shared)
@@ -237,6 +256,19 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> None:
         """None: the head has no module of its own to resize or tie."""
 
+    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own `generate`, after a look at the token ids, on whatever device they are.
+
+        Raises:
+            InputError: an id has no row in the embedding, or the input is too long.
+        """
+        inputs = kwargs.pop("input_ids", None) if inputs is None else inputs
+        for name, ids in (("input_ids", inputs), ("decoder_input_ids", kwargs.get("decoder_input_ids"))):
+            if ids is not None:
+                check_token_ids(name, ids, self.config.vocab_size)
+                check_length(name, ids.shape[-1], self.config)
+        return super().generate(inputs, *args, **kwargs)
+
     def get_encoder(self, modality: str | None = None) -> Qwen3Encoder:
         return self.encoder
 
@@ -248,6 +280,7 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         shifted = F.pad(labels, (1, 0), value=self.config.decoder_start_token_id)[:, :-1]
         return shifted.masked_fill(shifted == IGNORED_LABEL, self.config.pad_token_id or 0)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -259,7 +292,9 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         past_key_values: EncoderDecoderCache | None = None,
         use_cache: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
-        **_generation_kwargs,
+        return_logits: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **outputs_asked_for,
     ) -> Seq2SeqLMOutput:
         """One teacher-forced pass, or one step of generation.
 
@@ -274,54 +309,59 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
             use_cache: start a cache where none is given; off by default whenever there are labels.
             num_items_in_batch: what to divide the summed loss by, in tokens: with gradient accumulation or several
                 ranks, the label tokens of the whole global batch; default: those of this call.
-            **_generation_kwargs: what `generate` hands every model (`return_dict`, `cache_position`); without effect.
+            return_logits: whether to compute logits. The loss needs none: it never holds them all at once. By default
+                they are left out in training mode with labels.
+            logits_to_keep: only the logits of that many last positions (0: of all).
+            **outputs_asked_for: `output_hidden_states`, `output_attentions` (of eager attention), `return_dict`; what
+                else `generate` hands every model is without effect.
 
         Returns:
             `loss` (scalar, float32, None without labels), `logits` [B, S_d, V], `past_key_values`,
-            `encoder_last_hidden_state` [B, S_e, H].
+            `encoder_last_hidden_state` [B, S_e, H], and what was asked for beside them, by transformers' names.
 
         Raises:
-            ValueError: neither encoder input, or neither decoder input, is given.
+            InputError: inputs are missing, empty, too long, of different batches, or ids that have no row.
         """
         if decoder_input_ids is None and labels is not None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
-        if decoder_input_ids is None or (input_ids is None and encoder_outputs is None):
-            raise ValueError("give input_ids or encoder_outputs, and labels or decoder_input_ids")
+        check_inputs(
+            self.config, input_ids, attention_mask, labels, decoder_input_ids, decoder_attention_mask, encoder_outputs,
+            num_cached=0 if past_key_values is None else int(past_key_values.get_seq_length()),
+        )  # fmt: skip
         if encoder_outputs is None:
-            encoder_outputs = self.encoder(input_ids, attention_mask)
+            encoded: BaseModelOutput = self.encoder(input_ids, attention_mask, **outputs_asked_for)
+        else:
+            encoded = encoder_outputs if hasattr(encoder_outputs, "keys") else BaseModelOutput(*encoder_outputs)
         if use_cache and past_key_values is None:
             past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
 
         decoded = self.decoder(
             decoder_input_ids,
-            encoder_outputs[0],
+            encoded.last_hidden_state,
             attention_mask=decoder_attention_mask,
             encoder_attention_mask=attention_mask,
             past_key_values=past_key_values,
+            **outputs_asked_for,
         )
-        logits = F.linear(decoded.last_hidden_state, self.shared.weight)
+        loss = logits = None
+        if labels is not None:
+            loss = chunked_cross_entropy(
+                decoded.last_hidden_state, self.shared.weight, labels, num_items_in_batch, self.max_logits_bytes
+            )
+        if return_logits or (return_logits is None and not (self.training and labels is not None)):
+            kept = slice_logits_to_keep(decoded.last_hidden_state, logits_to_keep)
+            logits = F.linear(kept, self.shared.weight)
         return Seq2SeqLMOutput(
-            loss=None if labels is None else token_cross_entropy(logits, labels, num_items_in_batch),
+            loss=loss,
             logits=logits,
             past_key_values=decoded.past_key_values,
-            encoder_last_hidden_state=encoder_outputs[0],
+            decoder_hidden_states=decoded.hidden_states,
+            decoder_attentions=decoded.attentions,
+            cross_attentions=decoded.cross_attentions,
+            encoder_last_hidden_state=encoded.last_hidden_state,
+            encoder_hidden_states=encoded.hidden_states,
+            encoder_attentions=encoded.attentions,
         )
-
-
-def token_cross_entropy(
-    logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
-) -> torch.Tensor:
-    """Cross-entropy in nats, summed in float32 over labelled tokens, over `num_items_in_batch` or their own number.
-
-    Args:
-        logits: [B, S_d, V].
-        labels: [B, S_d], -100 where there is no loss. A batch without any label has loss 0.
-        num_items_in_batch: the divisor, in tokens.
-    """
-    total = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
-    if num_items_in_batch is None:
-        num_items_in_batch = (labels != IGNORED_LABEL).sum().clamp(min=1)
-    return total / num_items_in_batch
 
 
 def new_embedding(config: Qwen3EncoderDecoderConfig) -> nn.Embedding:

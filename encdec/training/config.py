@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from encdec.errors import ConfigError
+from encdec.estimates import MAX_LOGITS_BYTES
 from encdec.files import atomic_write_text
 from encdec.training.config_errors import explain
 from encdec.training.config_section import (
@@ -71,6 +72,8 @@ class ModelConfig(Section):
     """Sentinels for span corruption; also the most spans one example can have."""
     use_flash_attention: bool = True
     """Fused attention: torch SDPA picks the fastest kernel that can express the mask. False: plain matrix products."""
+    max_logits_mb: PositiveInt = MAX_LOGITS_BYTES // 10**6
+    """Most memory of one piece of the loss's logits in fp32, 10^6 bytes: the logits of a whole batch never exist."""
     from_scratch: ArchitectureConfig | None = None
     """Sizes of a model with random weights, instead of ``model_name_or_path``."""
     train_tokenizer_vocab_size: Size | None = None
