@@ -12,6 +12,7 @@ Shape legend:
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -38,7 +39,9 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 from encdec.cross_entropy import IGNORED_LABEL, MAX_LOGITS_BYTES, chunked_cross_entropy
+from encdec.hub_code import write_code
 from encdec.merged_attention import Qwen3MergedAttention, encoder_attention_bias, merged_attention_bias
+from encdec.model_card import model_card, write_model_card
 from encdec.model_inputs import check_inputs, check_length, check_token_ids
 
 
@@ -252,6 +255,13 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         self.shared = value
         self.encoder.borrow_embedding(value)
         self.decoder.borrow_embedding(value)
+
+    def save_pretrained(self, save_directory, *, is_main_process: bool = True, **kwargs: Any) -> None:
+        """As transformers' own; beside it the model's code and, where there is no README.md yet, a model card."""
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if self.should_save_on_this_rank(is_main_process):
+            write_code(Path(save_directory))
+            write_model_card(Path(save_directory), model_card(self.config, self.num_parameters()))
 
     def get_output_embeddings(self) -> None:
         """None: the head has no module of its own to resize or tie."""
