@@ -12,7 +12,6 @@ Shape legend:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -38,11 +37,10 @@ from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
-from encdec.cross_entropy import IGNORED_LABEL, MAX_LOGITS_BYTES, chunked_cross_entropy
-from encdec.hub_code import write_code
+from encdec.cross_entropy import MAX_LOGITS_BYTES, chunked_cross_entropy
 from encdec.merged_attention import Qwen3MergedAttention, encoder_attention_bias, merged_attention_bias
-from encdec.model_card import model_card, write_model_card
-from encdec.model_inputs import check_inputs, check_length, check_token_ids
+from encdec.model_inputs import check_inputs
+from encdec.seq2seq_interface import Seq2SeqInterface
 
 
 class Qwen3EncoderLayer(Qwen3CausalLayer):
@@ -227,7 +225,7 @@ class Qwen3Decoder(Qwen3Stack):
         )
 
 
-class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
+class Qwen3ForSeq2SeqLM(Seq2SeqInterface, Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
     """Encoder, decoder and language-model head around one matrix, `shared.weight` [V, H].
 
     The head is a product with that matrix inside `forward`: there is exactly one parameter to shard, save and update.
@@ -247,48 +245,6 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         """The units of sharding and activation checkpointing: encoder layers, then decoder layers."""
         yield from self.encoder.layers  # type: ignore[misc]
         yield from self.decoder.layers  # type: ignore[misc]
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.shared
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.shared = value
-        self.encoder.borrow_embedding(value)
-        self.decoder.borrow_embedding(value)
-
-    def save_pretrained(self, save_directory, *, is_main_process: bool = True, **kwargs: Any) -> None:
-        """As transformers' own; beside it the model's code and, where there is no README.md yet, a model card."""
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
-        if self.should_save_on_this_rank(is_main_process):
-            write_code(Path(save_directory))
-            write_model_card(Path(save_directory), model_card(self.config, self.num_parameters()))
-
-    def get_output_embeddings(self) -> None:
-        """None: the head has no module of its own to resize or tie."""
-
-    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """transformers' own `generate`, after a look at the token ids, on whatever device they are.
-
-        Raises:
-            InputError: an id has no row in the embedding, or the input is too long.
-        """
-        inputs = kwargs.pop("input_ids", None) if inputs is None else inputs
-        for name, ids in (("input_ids", inputs), ("decoder_input_ids", kwargs.get("decoder_input_ids"))):
-            if ids is not None:
-                check_token_ids(name, ids, self.config.vocab_size)
-                check_length(name, ids.shape[-1], self.config)
-        return super().generate(inputs, *args, **kwargs)
-
-    def get_encoder(self, modality: str | None = None) -> Qwen3Encoder:
-        return self.encoder
-
-    def get_decoder(self) -> Qwen3Decoder:
-        return self.decoder
-
-    def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
-        """[B, S_d] labels -> [B, S_d] decoder inputs: shifted right behind the start token, -100 read as padding."""
-        shifted = F.pad(labels, (1, 0), value=self.config.decoder_start_token_id)[:, :-1]
-        return shifted.masked_fill(shifted == IGNORED_LABEL, self.config.pad_token_id or 0)
 
     @can_return_tuple
     def forward(
