@@ -84,7 +84,8 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 name = "."  # this folder, or its name on the hub
 tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)
 model = AutoModelForSeq2SeqLM.from_pretrained(name, trust_remote_code=True)
-batch = tokenizer(["def greet(name):\\n    <extra_id_0>\\n"], return_tensors="pt", padding=True)
+texts = ["def greet(name):\\n    <extra_id_0>\\n" + tokenizer.eos_token]
+batch = tokenizer(texts, return_tensors="pt", padding=True)
 print(tokenizer.batch_decode(model.generate(**batch, max_new_tokens=32)))
 ```
 

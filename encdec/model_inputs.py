@@ -59,8 +59,10 @@ def check_inputs(
         _check_on_host(name, input_ids, config.vocab_size)
     if labels is not None:  # before the inputs that are made of them
         _check_on_host("labels", labels, config.vocab_size, ignored=IGNORED_LABEL)
-    _check_decoder(config, decoder_input_ids, num_cached)
     decoder_shape = tuple(decoder_input_ids.shape)
+    check_length("decoder_input_ids", decoder_shape[1], config)
+    check_length("the cache and decoder_input_ids together", num_cached + decoder_shape[1], config)
+    _check_on_host("decoder_input_ids", decoder_input_ids, config.vocab_size)
     whole = (decoder_shape[0], num_cached + decoder_shape[1])
     for label, tensor, expected, beside in (
         ("attention_mask", attention_mask, encoder_shape, name),
@@ -108,28 +110,23 @@ def check_token_ids(name: str, ids: Tensor, vocab_size: int, ignored: int | None
 
 
 def check_length(name: str, length: int, config: Qwen3EncoderDecoderConfig) -> None:
-    """Refuse more tokens than the model's positions were made for.
+    """Refuse no token at all, and more than the model's positions were made for.
 
     Raises:
-        InputError: `length`, in tokens, is above max_position_embeddings.
+        InputError: `length`, in tokens, is 0 or above max_position_embeddings.
     """
+    if length == 0:
+        raise InputError(
+            f"{name} must have a token at least",
+            found="none",
+            remedy="Begin the decoder with its start token; encode an empty text as the end token alone",
+        )
     if length > config.max_position_embeddings:
         raise InputError(
             f"{name} must be no longer than max_position_embeddings={config.max_position_embeddings}",
             found=f"{length} tokens",
             remedy="Cut the text, or load the model with a larger max_position_embeddings",
         )
-
-
-def _check_decoder(config: Qwen3EncoderDecoderConfig, decoder_input_ids: Tensor, num_cached: int) -> None:
-    if decoder_input_ids.shape[1] == 0:
-        raise InputError(
-            "decoder_input_ids must have a token at least",
-            found=list(decoder_input_ids.shape),
-            remedy=f"Begin with decoder_start_token_id={config.decoder_start_token_id}",
-        )
-    check_length("the decoder's tokens", num_cached + decoder_input_ids.shape[1], config)
-    _check_on_host("decoder_input_ids", decoder_input_ids, config.vocab_size)
 
 
 def _check_on_host(name: str, ids: Tensor, vocab_size: int, ignored: int | None = None) -> None:
