@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
 from transformers import AutoConfig, Qwen3Config
 
 from encdec.errors import ConfigError
+from encdec.hub_code import AUTO_MAP, write_code
 
 # Qwen3 pads its embedding from the 151,669 tokens of its tokenizer to 151,936 rows: 267 that no text ever reaches.
 QWEN3_VOCAB_SIZE = 151_936
@@ -70,6 +72,15 @@ class Qwen3EncoderDecoderConfig(Qwen3Config):
             self.num_encoder_layers = self.num_hidden_layers
         self._check_shape()
         self._check_token_ids()
+
+    def to_dict(self) -> dict[str, Any]:
+        """With the names by which transformers finds the code that `save_pretrained` puts beside it."""
+        return super().to_dict() | {"auto_map": dict(AUTO_MAP)}
+
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As transformers' own, and the model's source files, for those who load it without this package."""
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
+        write_code(Path(save_directory))
 
     @property
     def sentinel_ids(self) -> range:

@@ -60,6 +60,10 @@ class DataError(EncdecError):
     exit_code = ExitCode.CONFIG_WRONG
 
 
+class InputError(EncdecError, ValueError):
+    """What a model was called with breaks a rule: its shapes, its lengths or its token ids."""
+
+
 class MissingPrerequisite(EncdecError):
     """Something the run needs is not on this machine: a Slurm controller, a GPU, a model. Never requeued."""
 

@@ -18,8 +18,8 @@ width, of the query heads' width, of the key (or value) heads' width and of the 
 layers with fused attention; in half precision the norms keep fp32 copies, two values each. Korthikanti et al. 2022
 (arXiv:2205.05198, section 4.1) count 34 bytes per token and hidden unit for GPT's layer of that kind; Qwen3's has a
 gated feed-forward and wider heads: 82."""
-LOGIT_BYTES = 12
-"""Per target token and vocabulary entry: logits, their log-softmax in fp32 and the gradient of that."""
+MAX_LOGITS_BYTES = 512 * 10**6
+"""Default bound of the loss's logits in fp32 that are there at the same time: 842 tokens at Qwen3's vocabulary."""
 
 
 def estimate_steps_for_tokens(
@@ -220,6 +220,7 @@ def estimate_rank_memory(
     accumulates: bool,
     gathered_whole: bool = False,
     offloaded: bool = False,
+    max_logits_bytes: int = MAX_LOGITS_BYTES,
 ) -> dict[str, float]:
     """Memory of one rank's device in a run that FSDP2 shards, at its worst moment, GB of 10**9 bytes.
 
@@ -235,6 +236,7 @@ def estimate_rank_memory(
             until the last of them.
         gathered_whole: the gathered weights stay until the backward pass (SHARD_GRAD_OP).
         offloaded: weights, gradients and optimizer state are in host memory.
+        max_logits_bytes: of the fp32 logits of one piece of the loss (``encdec.cross_entropy``).
 
     Returns:
         parameters_gb (the rank's part, fp32), gradients_gb (its part, and whole ones that accumulate or are on their
@@ -259,9 +261,10 @@ def estimate_rank_memory(
     moments: tuple[dict[str, float], ...] = (
         {
             "gathered": everything if gathered_whole else embedding + fetched,
-            "gradients": whole,
+            "gradients": whole + size.embedding * on_their_way,  # the head's, summed in fp32
             "activations": kept,
-            "logits": tokens[1] * size.vocabulary * LOGIT_BYTES,
+            # the head's product, and its log-softmax in fp32
+            "logits": min(tokens[1] * size.vocabulary, max_logits_bytes // FP32_BYTES) * on_their_way,
         },
         {
             "gathered": everything if gathered_whole else embedding + fetched,

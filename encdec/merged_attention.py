@@ -34,8 +34,11 @@ class Qwen3EncoderAttention(Qwen3Attention):
         hidden_states: torch.Tensor,
         plan: AttentionPlan,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-    ) -> torch.Tensor:
-        """[B, S, H] -> [B, S, H], or packed [1, T, H] -> [1, T, H], as `plan` says."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[B, S, H] -> [B, S, H], or packed [1, T, H] -> [1, T, H], as `plan` says.
+
+        Beside it, of eager attention over padded tokens alone, the weights [B, N_q, S, S].
+        """
         query, key, value = (
             project(hidden_states).unflatten(-1, (-1, self.head_dim))
             for project in (self.q_proj, self.k_proj, self.v_proj)
@@ -44,7 +47,8 @@ class Qwen3EncoderAttention(Qwen3Attention):
             heads.transpose(1, 2) for heads in (self.q_norm(query), self.k_norm(key), value)
         )  # [B, N, S, D]
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        return self.o_proj(attend(self, plan, query, key, value).flatten(2))
+        attended, weights = attend(self, plan, query, key, value)
+        return self.o_proj(attended.flatten(2)), weights
 
 
 class Qwen3MergedAttention(Qwen3Attention):
@@ -60,16 +64,23 @@ class Qwen3MergedAttention(Qwen3Attention):
         plan: AttentionPlan,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         past_key_values: EncoderDecoderCache | None = None,
-    ) -> torch.Tensor:
-        """[B, S_d, H] and [B, S_e, H] -> [B, S_d, H], or all of them packed [1, T, H], as `plan` says."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """[B, S_d, H] and [B, S_e, H] -> [B, S_d, H], or all of them packed [1, T, H], as `plan` says.
+
+        Beside it, of eager attention over padded tokens alone, the weights of the decoder keys [B, N_q, S_d, P + S_d]
+        and of the encoder keys [B, N_q, S_d, S_e] for each query; both together sum to 1.
+        """
         query = self.q_norm(self._split_heads(self.q_proj(hidden_states))).transpose(1, 2)  # [B, N_q, S_d, D]
         key, value = self._keys_and_values(hidden_states)  # [B, N_k, S_d, D]
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.self_attention_cache.update(key, value, self.layer_idx)  # [B, N_k, P + S_d, D]
         encoder = self._encoder_keys_and_values(encoder_hidden_states, past_key_values)
-        attended = attend_merged(self, plan, query, (key, value), encoder)  # [B, S_d, N_q, D]
-        return self.o_proj(attended.flatten(2))
+        attended, weights = attend_merged(self, plan, query, (key, value), encoder)  # [B, S_d, N_q, D]
+        output = self.o_proj(attended.flatten(2))
+        if weights is None:
+            return output, None, None
+        return output, weights[..., : key.shape[2]], weights[..., key.shape[2] :]
 
     def _encoder_keys_and_values(
         self, encoder_hidden_states: torch.Tensor, past_key_values: EncoderDecoderCache | None

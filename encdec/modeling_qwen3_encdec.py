@@ -12,7 +12,7 @@ Shape legend:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -25,18 +25,23 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPastAndCrossAttentions,
     Seq2SeqLMOutput,
 )
+from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.qwen3.modeling_qwen3 import (
+    Qwen3Attention,
     Qwen3MLP,
     Qwen3RMSNorm,
     Qwen3RotaryEmbedding,
 )
+from transformers.utils import can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from encdec.attention.plan import AttentionMask, AttentionPlan, lay_out, plan_decoder, plan_encoder, without_padding
 from encdec.attention.sequences import tokens_before_the_end
 from encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
+from encdec.cross_entropy import IGNORED_LABEL, MAX_LOGITS_BYTES, chunked_cross_entropy
 from encdec.merged_attention import Qwen3EncoderAttention, Qwen3MergedAttention
-
-IGNORED_LABEL = -100  # torch's and transformers' mark for label positions without loss
+from encdec.model_inputs import check_inputs
+from encdec.seq2seq_interface import Seq2SeqInterface
 
 
 class Qwen3EncoderLayer(GradientCheckpointingLayer):
@@ -58,7 +63,8 @@ class Qwen3EncoderLayer(GradientCheckpointingLayer):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:
         """[B, S_e, H] -> [B, S_e, H], or packed [1, T, H] -> [1, T, H], as `plan` says."""
-        hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), plan, position_embeddings)
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), plan, position_embeddings)
+        hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
@@ -84,13 +90,14 @@ class Qwen3DecoderLayer(GradientCheckpointingLayer):
 
         Hidden states are positional: re-entrant checkpointing needs it so.
         """
-        hidden_states = hidden_states + self.self_attn(
+        attended, *_ = self.self_attn(
             self.input_layernorm(hidden_states),
             encoder_hidden_states,
             plan,
             position_embeddings,
             past_key_values,
         )
+        hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
@@ -104,6 +111,13 @@ class Qwen3EncoderDecoderPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
     _supports_sdpa = True
     _supports_flex_attn = True  # and "split", of encdec.attention: flash attention alone cannot express the merged mask
+
+    def shows_inside(self, outputs_asked_for: dict[str, Any]) -> bool:
+        """Whether hidden states or attentions of the layers are asked for: they are shown padded, as they were given."""
+        return any(
+            outputs_asked_for.get(name, getattr(self.config, name, False))
+            for name in ("output_hidden_states", "output_attentions", "output_cross_attentions")
+        )
 
 
 class Qwen3Stack(Qwen3EncoderDecoderPreTrainedModel):
@@ -154,11 +168,14 @@ class Qwen3Stack(Qwen3EncoderDecoderPreTrainedModel):
 class Qwen3Encoder(Qwen3Stack):
     """Bidirectional Qwen3. Stands alone, too: without `embed_tokens` it owns its embedding."""
 
+    _can_record_outputs: ClassVar[dict[str, Any]] = {"hidden_states": Qwen3EncoderLayer, "attentions": Qwen3Attention}
+
     def __init__(self, config: Qwen3EncoderDecoderConfig, embed_tokens: nn.Embedding | None = None) -> None:
         super().__init__(config, Qwen3EncoderLayer, config.num_encoder_layers or config.num_hidden_layers, embed_tokens)
 
+    @capture_outputs
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: AttentionMask = None, **_generation_kwargs
+        self, input_ids: torch.Tensor, attention_mask: AttentionMask = None, **outputs_asked_for
     ) -> BaseModelOutput:
         """Encode tokens. No layer computes padding.
 
@@ -166,12 +183,16 @@ class Qwen3Encoder(Qwen3Stack):
             input_ids: [B, S_e] token ids.
             attention_mask: [B, S_e], 1 for tokens and 0 for padding, or the `Sequences` that it comes to; None where
                 nothing is padded.
-            **_generation_kwargs: what `generate` hands every encoder (`return_dict`, ...); without effect.
+            **outputs_asked_for: `output_hidden_states`, `output_attentions` (of eager attention), `return_dict`; what
+                else `generate` hands every encoder is without effect.
 
         Returns:
-            `last_hidden_state` [B, S_e, H], after the final norm; as a rule zeros where padded.
+            `last_hidden_state` [B, S_e, H], after the final norm, as a rule zeros where padded; and what was asked for
+            beside it.
         """
-        sequences = lay_out(attention_mask, input_ids.shape, input_ids.device)
+        sequences = None
+        if not self.shows_inside(outputs_asked_for):
+            sequences = lay_out(attention_mask, input_ids.shape, input_ids.device)
         hidden_states = self.embed_tokens(input_ids if sequences is None else sequences.pack(input_ids))
         plan = plan_encoder(self, sequences, attention_mask, input_ids.shape, hidden_states)
         position_embeddings = self.rotary_emb(hidden_states, plan.positions)
@@ -185,9 +206,16 @@ class Qwen3Encoder(Qwen3Stack):
 class Qwen3Decoder(Qwen3Stack):
     """Causal Qwen3 whose every layer also attends to the encoder's output."""
 
+    _can_record_outputs: ClassVar[dict[str, Any]] = {
+        "hidden_states": Qwen3DecoderLayer,
+        "attentions": OutputRecorder(Qwen3MergedAttention, index=1),
+        "cross_attentions": OutputRecorder(Qwen3MergedAttention, index=2),
+    }
+
     def __init__(self, config: Qwen3EncoderDecoderConfig, embed_tokens: nn.Embedding | None = None) -> None:
         super().__init__(config, Qwen3DecoderLayer, config.num_hidden_layers, embed_tokens)
 
+    @capture_outputs
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -195,6 +223,7 @@ class Qwen3Decoder(Qwen3Stack):
         attention_mask: AttentionMask = None,
         encoder_attention_mask: AttentionMask = None,
         past_key_values: EncoderDecoderCache | None = None,
+        **outputs_asked_for,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """Decode tokens; `past_key_values` is extended in place. Without a cache, no layer computes padding.
 
@@ -207,16 +236,18 @@ class Qwen3Decoder(Qwen3Stack):
                 it may be the `Sequences` that it comes to.
             encoder_attention_mask: [B, S_e], likewise.
             past_key_values: cache of P tokens, or None.
+            **outputs_asked_for: `output_hidden_states`, `output_attentions` (of eager attention).
 
         Returns:
-            `last_hidden_state` [B, S_d, H], after the final norm, as a rule zeros where padded; `past_key_values`.
+            `last_hidden_state` [B, S_d, H], after the final norm, as a rule zeros where padded; `past_key_values`, and
+            what was asked for.
         """
         num_cached, queries, encoder = 0, None, None
-        if past_key_values is None:
+        if past_key_values is not None:
+            num_cached = int(past_key_values.get_seq_length())
+        elif not self.shows_inside(outputs_asked_for):
             queries = lay_out(attention_mask, input_ids.shape, input_ids.device)
             encoder = lay_out(encoder_attention_mask, encoder_hidden_states.shape[:2], input_ids.device)
-        else:
-            num_cached = int(past_key_values.get_seq_length())
         masks, widths = (attention_mask, encoder_attention_mask), (input_ids.shape[1], encoder_hidden_states.shape[1])
         if queries is not None and encoder is not None:
             input_ids, encoder_hidden_states = queries.pack(input_ids), encoder.pack(encoder_hidden_states)
@@ -234,7 +265,7 @@ class Qwen3Decoder(Qwen3Stack):
         )
 
 
-class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
+class Qwen3ForSeq2SeqLM(Seq2SeqInterface, Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
     """Encoder, decoder and language-model head around one matrix, `shared.weight` [V, H].
 
     The head is a product with that matrix inside `forward`: there is exactly one parameter to shard, save and update.
@@ -244,6 +275,7 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: Qwen3EncoderDecoderConfig) -> None:
         super().__init__(config)
+        self.max_logits_bytes = MAX_LOGITS_BYTES  # of one piece of the loss, `encdec.cross_entropy`
         self.shared = new_embedding(config)
         self.encoder = Qwen3Encoder(config, self.shared)
         self.decoder = Qwen3Decoder(config, self.shared)
@@ -254,28 +286,7 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         yield from self.encoder.layers  # type: ignore[misc]
         yield from self.decoder.layers  # type: ignore[misc]
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.shared
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.shared = value
-        self.encoder.borrow_embedding(value)
-        self.decoder.borrow_embedding(value)
-
-    def get_output_embeddings(self) -> None:
-        """None: the head has no module of its own to resize or tie."""
-
-    def get_encoder(self, modality: str | None = None) -> Qwen3Encoder:
-        return self.encoder
-
-    def get_decoder(self) -> Qwen3Decoder:
-        return self.decoder
-
-    def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
-        """[B, S_d] labels -> [B, S_d] decoder inputs: shifted right behind the start token, -100 read as padding."""
-        shifted = F.pad(labels, (1, 0), value=self.config.decoder_start_token_id)[:, :-1]
-        return shifted.masked_fill(shifted == IGNORED_LABEL, self.config.pad_token_id or 0)
-
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -287,7 +298,9 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         past_key_values: EncoderDecoderCache | None = None,
         use_cache: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
-        **_generation_kwargs,
+        return_logits: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **outputs_asked_for,
     ) -> Seq2SeqLMOutput:
         """One teacher-forced pass, or one step of generation.
 
@@ -303,59 +316,65 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
             use_cache: start a cache where none is given; off by default whenever there are labels.
             num_items_in_batch: what to divide the summed loss by, in tokens: with gradient accumulation or several
                 ranks, the label tokens of the whole global batch; default: those of this call.
-            **_generation_kwargs: what `generate` hands every model (`return_dict`, `cache_position`); without effect.
+            return_logits: whether to compute logits. The loss needs none: it never holds them all at once. By default
+                they are left out in training mode with labels.
+            logits_to_keep: only the logits of that many last positions (0: of all).
+            **outputs_asked_for: `output_hidden_states`, `output_attentions` (of eager attention), `return_dict`; what
+                else `generate` hands every model is without effect.
 
         Returns:
             `loss` (scalar, float32, None without labels), `logits` [B, S_d, V], `past_key_values`,
-            `encoder_last_hidden_state` [B, S_e, H].
+            `encoder_last_hidden_state` [B, S_e, H], and what was asked for beside them, by transformers' names.
 
         Raises:
-            ValueError: neither encoder input, or neither decoder input, is given.
+            InputError: inputs are missing, empty, too long, of different batches, or ids that have no row.
         """
         if decoder_input_ids is None and labels is not None:
             if decoder_attention_mask is None and not use_cache and past_key_values is None:
                 decoder_attention_mask = tokens_before_the_end(labels, IGNORED_LABEL)
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
-        if decoder_input_ids is None or (input_ids is None and encoder_outputs is None):
-            raise ValueError("give input_ids or encoder_outputs, and labels or decoder_input_ids")
+        check_inputs(
+            self.config, input_ids, attention_mask, labels, decoder_input_ids, decoder_attention_mask, encoder_outputs,
+            num_cached=0 if past_key_values is None else int(past_key_values.get_seq_length()),
+        )  # fmt: skip
         if use_cache and past_key_values is None:
             past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
         masks: tuple[AttentionMask, AttentionMask] = (attention_mask, decoder_attention_mask)
-        if past_key_values is None:  # before anything is computed: the host waits for the masks alone
+        if past_key_values is None and not self.shows_inside(outputs_asked_for):
+            # before anything is computed: the host waits for the masks alone
             masks = without_padding(attention_mask), without_padding(decoder_attention_mask)
         if encoder_outputs is None:
-            encoder_outputs = self.encoder(input_ids, masks[0])
+            encoded: BaseModelOutput = self.encoder(input_ids, masks[0], **outputs_asked_for)
+        else:
+            encoded = encoder_outputs if hasattr(encoder_outputs, "keys") else BaseModelOutput(*encoder_outputs)
 
         decoded = self.decoder(
             decoder_input_ids,
-            encoder_outputs[0],
+            encoded.last_hidden_state,
             attention_mask=masks[1],
             encoder_attention_mask=masks[0],
             past_key_values=past_key_values,
+            **outputs_asked_for,
         )
-        logits = F.linear(decoded.last_hidden_state, self.shared.weight)
+        loss = logits = None
+        if labels is not None:
+            loss = chunked_cross_entropy(
+                decoded.last_hidden_state, self.shared.weight, labels, num_items_in_batch, self.max_logits_bytes
+            )
+        if return_logits or (return_logits is None and not (self.training and labels is not None)):
+            kept = slice_logits_to_keep(decoded.last_hidden_state, logits_to_keep)
+            logits = F.linear(kept, self.shared.weight)
         return Seq2SeqLMOutput(
-            loss=None if labels is None else token_cross_entropy(logits, labels, num_items_in_batch),
+            loss=loss,
             logits=logits,
             past_key_values=decoded.past_key_values,
-            encoder_last_hidden_state=encoder_outputs[0],
+            decoder_hidden_states=decoded.hidden_states,
+            decoder_attentions=decoded.attentions,
+            cross_attentions=decoded.cross_attentions,
+            encoder_last_hidden_state=encoded.last_hidden_state,
+            encoder_hidden_states=encoded.hidden_states,
+            encoder_attentions=encoded.attentions,
         )
-
-
-def token_cross_entropy(
-    logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
-) -> torch.Tensor:
-    """Cross-entropy in nats, summed in float32 over labelled tokens, over `num_items_in_batch` or their own number.
-
-    Args:
-        logits: [B, S_d, V].
-        labels: [B, S_d], -100 where there is no loss. A batch without any label has loss 0.
-        num_items_in_batch: the divisor, in tokens.
-    """
-    total = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
-    if num_items_in_batch is None:
-        num_items_in_batch = (labels != IGNORED_LABEL).sum().clamp(min=1)
-    return total / num_items_in_batch
 
 
 def new_embedding(config: Qwen3EncoderDecoderConfig) -> nn.Embedding:

@@ -150,7 +150,9 @@ def plan_decoder(
     return AttentionPlan(name, queries.positions, queries, encoder, allowed)
 
 
-def attend(module: Attending, plan: AttentionPlan, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def attend(
+    module: Attending, plan: AttentionPlan, query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor | None]:
     """Attention of sequences to themselves.
 
     Args:
@@ -158,11 +160,17 @@ def attend(module: Attending, plan: AttentionPlan, query: Tensor, key: Tensor, v
         key, value: [B, N_k, S, D] or [1, N_k, T, D].
 
     Returns:
-        [B, S, N_q, D] or [1, T, N_q, D].
+        [B, S, N_q, D] or [1, T, N_q, D]; and the weights [B, N_q, S, S] where tokens are padded and attention is eager.
     """
     queries = plan.queries
     if queries is None:
         return _attend_with_mask(module, plan, query, key, value)
+    return _attend_packed(module, plan, queries, query, key, value), None
+
+
+def _attend_packed(
+    module: Attending, plan: AttentionPlan, queries: Sequences, query: Tensor, key: Tensor, value: Tensor
+) -> Tensor:
     if query.shape[2] == 0:
         return _nothing(query, key, value)
     if plan.implementation == SPLIT:
@@ -170,12 +178,12 @@ def attend(module: Attending, plan: AttentionPlan, query: Tensor, key: Tensor, v
         return packed_attention(*tensors, queries.offsets, queries.longest, module.is_causal, module.scaling)[0][None]
     if plan.implementation == FLEX:
         return attend_by_flex(query, key, value, plan.mask, module.scaling)
-    return queries.gather(_attend_with_mask(module, plan, *map(queries.spread, (query, key, value))))
+    return queries.gather(_attend_with_mask(module, plan, *map(queries.spread, (query, key, value)))[0])
 
 
 def attend_merged(
     module: Attending, plan: AttentionPlan, query: Tensor, own: tuple[Tensor, Tensor], encoder: tuple[Tensor, Tensor]
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
     """Attention of a decoder to its own past and to an encoder's output, under one softmax.
 
     Args:
@@ -183,31 +191,44 @@ def attend_merged(
         own, encoder: keys and values of both, [B, N_k, tokens, D] or [1, N_k, tokens, D].
 
     Returns:
-        [B, S, N_q, D] or [1, T, N_q, D].
+        [B, S, N_q, D] or [1, T, N_q, D]; and the weights [B, N_q, S, keys] where tokens are padded and attention is
+        eager.
     """
     queries, crossed = plan.queries, plan.encoder
+    if queries is None or crossed is None:
+        key, value = (torch.cat(pair, dim=2) for pair in zip(own, encoder, strict=True))
+        return _attend_with_mask(module, plan, query, key, value)
+    return _attend_merged_packed(module, plan, (queries, crossed), query, own, encoder), None
+
+
+def _attend_merged_packed(
+    module: Attending, plan: AttentionPlan, sequences: tuple[Sequences, Sequences], query: Tensor,
+    own: tuple[Tensor, Tensor], encoder: tuple[Tensor, Tensor],
+) -> Tensor:  # fmt: skip
+    queries, crossed = sequences
     if query.shape[2] == 0:
         return _nothing(query, *own, *encoder)
-    if queries is not None and crossed is not None and plan.implementation == SPLIT:
+    if plan.implementation == SPLIT:
         dtype = own[1].dtype
         tensors = _tokens_first(*(tensor.to(dtype) for tensor in (query, *own, *encoder)))
         return split_attention(
             *tensors, queries.offsets, crossed.offsets, queries.longest, crossed.longest, module.scaling
         )[0][None]
-    if queries is not None and crossed is not None and plan.implementation != FLEX:
+    if plan.implementation != FLEX:
         query, own = queries.spread(query), (queries.spread(own[0]), queries.spread(own[1]))
         encoder = crossed.spread(encoder[0]), crossed.spread(encoder[1])
     key, value = (torch.cat(pair, dim=2) for pair in zip(own, encoder, strict=True))
-    if queries is not None and plan.implementation == FLEX:
+    if plan.implementation == FLEX:
         return attend_by_flex(query, key, value, plan.mask, module.scaling)
-    attended = _attend_with_mask(module, plan, query, key, value)
-    return attended if queries is None else queries.gather(attended)
+    return queries.gather(_attend_with_mask(module, plan, query, key, value)[0])
 
 
-def _attend_with_mask(module: Attending, plan: AttentionPlan, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _attend_with_mask(
+    module: Attending, plan: AttentionPlan, query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor | None]:
     attention = ALL_ATTENTION_FUNCTIONS.get_interface(plan.implementation, eager_attention_forward)
     dropout = module.attention_dropout if module.training else 0.0
-    return attention(module, query, key, value, plan.mask, dropout=dropout, scaling=module.scaling)[0]
+    return attention(module, query, key, value, plan.mask, dropout=dropout, scaling=module.scaling)
 
 
 def _nothing(query: Tensor, *others: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """A checkpoint as a Hugging Face directory: what ``from_pretrained`` loads, written shard by shard.
 
-    OUT/config.json  generation_config.json  tokenizer...      copies of the run's own
+    OUT/config.json  generation_config.json  tokenizer...  *.py    copies of the run's own; the model's code
+    OUT/README.md                                                  the model card: what it is, how it was trained
     OUT/model.safetensors, or model-00001-of-0000N.safetensors and their index
 
 Memory: one safetensors shard. The model's one embedding is stored once, under the name of its one parameter.
@@ -14,7 +15,8 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -24,9 +26,12 @@ from torch import Tensor
 from encdec.checkpoints.manifest import Manifest
 from encdec.checkpoints.model_files import CONFIG, find_model_files
 from encdec.checkpoints.payload import open_weights
+from encdec.checkpoints.training_facts import TrainingFacts, checkpoint_rows
 from encdec.checkpoints.weights import Weights
 from encdec.errors import CheckpointError, ConfigError
 from encdec.files import atomic_write_json, staged_directory
+from encdec.hub_code import AUTO_MAP, MODULES, write_code
+from encdec.model_card import MODEL_CARD, model_card
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth)$|\.index\.json$")
@@ -75,7 +80,10 @@ def export(
             for path in files.iterdir():
                 if path.is_file() and not WEIGHTS.search(path.name):
                     shutil.copyfile(path, staging / path.name)
-            _set_dtype(staging / CONFIG, DTYPES[dtype])
+            config = _complete_config(staging / CONFIG, DTYPES[dtype])
+            if not (staging / f"{MODULES[0]}.py").exists():  # of a run that is older than this
+                write_code(staging)
+            _write_card(staging, config, weights, manifest)
             written = _write_shards(staging, weights, DTYPES[dtype], shard_mb * 10**6, progress)
             _open_as_umask_says(staging)
     except FileExistsError:
@@ -125,9 +133,23 @@ def _shape(shapes: Mapping[str, torch.Size], name: str) -> object:
     return list(shapes[name]) if name in shapes else "none"
 
 
-def _set_dtype(config: Path, dtype: torch.dtype) -> None:
-    values = json.loads(config.read_text(encoding="utf-8"))
-    atomic_write_json(config, values | {"dtype": str(dtype).removeprefix("torch.")})
+def _complete_config(path: Path, dtype: torch.dtype) -> dict[str, Any]:
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values |= {"dtype": str(dtype).removeprefix("torch."), "auto_map": AUTO_MAP}
+    atomic_write_json(path, values)
+    return values
+
+
+def _write_card(folder: Path, config: Mapping[str, Any], weights: Weights, manifest: Manifest) -> None:
+    facts = TrainingFacts.read(folder, manifest)
+    card = model_card(
+        SimpleNamespace(**config),
+        sum(tensor.numel() for tensor in weights.tensors.values()),
+        base_model=facts.base_model if facts else None,
+        datasets=facts.datasets if facts else None,
+        training=(facts.rows if facts else {}) | checkpoint_rows(manifest),
+    )
+    (folder / MODEL_CARD).write_text(card, encoding="utf-8")  # also over that of the folder the files came from
 
 
 def _open_as_umask_says(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The model without its weights: configuration, generation configuration, tokenizer, as Hugging Face names them.
+"""The model without its weights: configuration, generation configuration, tokenizer, code, as Hugging Face names them.
 
 A run keeps them beside its checkpoints, so that a checkpoint can be exported wherever the run directory is, without the
 corpus, the hub or the packed text that they once came from.
@@ -10,18 +10,20 @@ import copy
 from pathlib import Path
 from typing import Any
 
+from encdec.checkpoints.training_facts import TrainingFacts
 from encdec.files import RunPaths, staged_directory
 
 MODEL_FOLDER = "model"
 CONFIG = "config.json"
 
 
-def keep_model_files(model: Any, tokenizer: Any, folder: Path) -> None:
+def keep_model_files(model: Any, tokenizer: Any, folder: Path, facts: TrainingFacts | None = None) -> None:
     """Write ``folder`` if it is not there.
 
     Args:
         model: a transformers model, not yet sharded.
         tokenizer: the one that belongs to it.
+        facts: how it is going to be trained, for its card.
 
     Raises:
         OSError: it cannot be written.
@@ -32,9 +34,11 @@ def keep_model_files(model: Any, tokenizer: Any, folder: Path) -> None:
     config.architectures = [type(model).__name__]
     try:
         with staged_directory(folder) as staging:
-            config.save_pretrained(staging)
+            config.save_pretrained(staging)  # and the code
             model.generation_config.save_pretrained(staging)
             tokenizer.save_pretrained(staging)
+            if facts:
+                facts.write(staging)
     except FileExistsError:
         return  # a rank of a start that was cut off has written it meanwhile
 

@@ -225,8 +225,8 @@ def _layer(
     def compute() -> list[Tensor]:
         query, key, value, own_query, own_key, own_value = inputs
         outputs = [
-            attend(module, of_encoder, query, key, value),
-            attend_merged(module, of_decoder, own_query, (own_key, own_value), (key, value)),
+            attend(module, of_encoder, query, key, value)[0],
+            attend_merged(module, of_decoder, own_query, (own_key, own_value), (key, value))[0],
         ]
         gradients = torch.autograd.grad(outputs, inputs, [torch.ones_like(output) for output in outputs])
         return [*outputs, *gradients]

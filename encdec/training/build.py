@@ -151,6 +151,7 @@ def build_model(config: FullConfig, tokenizer: Qwen3EncoderDecoderTokenizer, *, 
 
 def _as_configured(model: Qwen3ForSeq2SeqLM, config: FullConfig) -> Qwen3ForSeq2SeqLM:
     """How a model computes, whatever its weights and its attention."""
+    model.max_logits_bytes = config.model.max_logits_mb * 10**6
     if config.infra.fsdp_activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model

@@ -72,7 +72,7 @@ class Computation:
         inputs = {
             key: batch[key].to(self._device, non_blocking=True) for key in ("input_ids", "attention_mask", "labels")
         }
-        return self._engine.module(**inputs, use_cache=False, num_items_in_batch=unit).loss
+        return self._engine.module(**inputs, use_cache=False, num_items_in_batch=unit, return_logits=False).loss
 
     def _next_batch(self) -> dict[str, Tensor]:
         if self._batches is None:

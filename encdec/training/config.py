@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from encdec.errors import ConfigError
+from encdec.estimates import MAX_LOGITS_BYTES
 from encdec.files import atomic_write_text
 from encdec.training.config_errors import explain
 from encdec.training.config_section import (
@@ -75,6 +76,8 @@ class ModelConfig(Section):
     """Which one. split: flash attention over the decoder's and over the encoder's keys, under one softmax.
     flex_attention: one kernel made for the mask, GPU only. sdpa: torch's choice for a mask that is a tensor. auto: on a
     GPU the fastest, measured at the run's start and then kept to; on CPU split for long sequences, else sdpa."""
+    max_logits_mb: PositiveInt = MAX_LOGITS_BYTES // 10**6
+    """Most memory of one piece of the loss's logits in fp32, 10^6 bytes: the logits of a whole batch never exist."""
     from_scratch: ArchitectureConfig | None = None
     """Sizes of a model with random weights, instead of ``model_name_or_path``."""
     train_tokenizer_vocab_size: Size | None = None

@@ -19,6 +19,7 @@ import torch.distributed as dist
 import encdec
 from encdec import distributed
 from encdec.checkpoints.model_files import keep_model_files
+from encdec.checkpoints.training_facts import TrainingFacts
 from encdec.errors import EncdecError, ShardingError
 from encdec.files import RunPaths, atomic_write_json
 from encdec.gates import GateReport
@@ -131,7 +132,7 @@ def _train(
         require_origin(run, paths)
     if run.phase and run.phase.phase == TrainingPhase.SANITY_CHECK:
         check_sanity(model, tokenizer, paths)
-    distributed.on_rank_zero(lambda: keep_model_files(model, tokenizer, paths.model))
+    distributed.on_rank_zero(lambda: keep_model_files(model, tokenizer, paths.model, TrainingFacts.of_run(run)))
     requests = Requests(paths)
     trainer = build_trainer(
         run, paths, attempt=attempt, restart=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),

@@ -45,6 +45,7 @@ def rank_memory(run: RunConfig, size: ModelSize) -> dict[str, float]:
         optimizer=training.optimizer, gradient_checkpointing=infra.fsdp_activation_checkpointing,
         accumulates=accumulation > 1 and infra.distributed_type == "fsdp",
         gathered_whole=infra.fsdp_sharding_strategy == "SHARD_GRAD_OP", offloaded=infra.fsdp_cpu_offload,
+        max_logits_bytes=run.config.model.max_logits_mb * 10**6,
     )  # fmt: skip
     if infra.device == "cuda":
         return parts

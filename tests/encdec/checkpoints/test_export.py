@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors import safe_open
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
@@ -65,6 +66,31 @@ def test_everything_from_pretrained_needs_is_there(twin: RunPaths, tmp_path: Pat
     with safe_open(out / "model.safetensors", framework="pt") as tensors:
         names = list(tensors.keys())
     assert len(names) == len(set(names)) == len(list(ours.named_parameters()))  # the embedding once
+
+
+def test_card_tells_how_the_run_was_trained(twin: RunPaths, tmp_path: Path):
+    out = tmp_path / "hf"
+    assert command.main(["export", str(twin.checkpoints / "step-30"), str(out)]) == 0
+    card = ModelCard.load(out / "README.md")
+    assert card.data.tags and card.data.base_model is None and card.data.datasets is None  # from scratch, on local text
+    for told in ("python-stdlib", "R1 1, R2 1, X1 1, X2 1, S 4", "60 steps", "step 30", "FSDP2", "torch 2."):
+        assert told in card.text, told
+    assert str(tmp_path.parent) not in card.text  # no path of this machine
+    assert (out / "modeling_qwen3_encdec.py").is_file()
+    assert json.loads((out / "config.json").read_text())["auto_map"].keys() == {"AutoConfig", "AutoModelForSeq2SeqLM"}
+
+
+def test_files_of_another_run_tell_nothing_about_this_one(twin: RunPaths, tmp_path: Path):
+    shutil.copytree(twin.model, tmp_path / "files")
+    facts = json.loads((tmp_path / "files" / "training.json").read_text())
+    (tmp_path / "files" / "training.json").write_text(json.dumps(facts | {"run_identity": "another"}))
+    (tmp_path / "files" / "modeling_qwen3_encdec.py").unlink()  # as in a run directory from before code was kept
+    words = ["export", str(twin.checkpoints / "step-30"), str(tmp_path / "hf"), "--files-from", str(tmp_path / "files")]
+    assert command.main(words) == 0
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "python-stdlib" not in card
+    assert "step 30" in card
+    assert (tmp_path / "hf" / "modeling_qwen3_encdec.py").is_file()
 
 
 def test_best_of_a_run(twin: RunPaths, tmp_path: Path, capsys):
@@ -141,7 +167,7 @@ def test_weights_that_lie_beside_model_files_are_not_taken_along(twin: RunPaths,
     (tmp_path / "first" / "model.safetensors.index.json").write_text("{}")
     words = ["export", str(twin.checkpoints / "step-60"), str(tmp_path / "hf"), "--files-from", str(tmp_path / "first")]
     assert command.main(words) == 0
-    assert sorted(path.name for path in (tmp_path / "hf").glob("model*")) == ["model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "hf").glob("model[.-]*")) == ["model.safetensors"]
     assert torch.equal(logits_of(tmp_path / "hf"), load_model(twin, 60)(**example(512)).logits.detach())
 
 

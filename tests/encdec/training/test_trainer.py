@@ -89,8 +89,9 @@ def test_equals_the_plain_loop(run, tokenizer, packed, kit: Kit):
     for step in range(6):
         batch = next(batches)
         logits = model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]
-        ).logits
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"],
+            return_logits=True,
+        ).logits  # fmt: skip
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=-100)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), kit.config.training.max_grad_norm)
@@ -158,7 +159,8 @@ def test_evaluation_is_the_mean_over_all_target_tokens(kit: Kit):
     total = tokens = 0.0
     for batch in kit.evaluation:
         labels = batch["labels"]
-        logits = kit.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).logits
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
+        logits = kit.model(**inputs, return_logits=True).logits
         total += torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
         ).item()
