@@ -1,16 +1,15 @@
 """The model's own source files in its folder, so that `trust_remote_code=True` loads it where this package is not.
 
 transformers imports such files as siblings: what they import of each other must be relative, one level deep. Here they
-import from `encdec`, and are rewritten on their way; where they came from the hub they are relative already, and are
-copied as they are. They need torch and transformers. The tokenizer needs no code: its files are those of Qwen2's.
+import from `encdec`, and are rewritten on their way (`encdec.attention.plan` becomes `.attention_plan`); where they
+came from the hub they are relative already, and are copied as they are. They need torch and transformers. The tokenizer
+needs no code: its files are those of Qwen2's.
 """
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-
-from encdec.errors import EncdecError
 
 AUTO_MAP = {
     "AutoConfig": "configuration_qwen3_encdec.Qwen3EncoderDecoderConfig",
@@ -31,7 +30,6 @@ def write_code(folder: Path) -> list[Path]:
         The files written.
 
     Raises:
-        EncdecError: one of them imports from a package inside this one, which a flat folder cannot hold.
         OSError: it cannot be written.
     """
     written = []
@@ -43,27 +41,22 @@ def write_code(folder: Path) -> list[Path]:
 
 
 def sources() -> dict[str, str]:
-    """Module name -> source text with relative imports, of the model's modules and all that they import.
+    """Name in a flat folder -> source text with relative imports, of the model's modules and all that they import.
 
     transformers keeps a configuration from the hub in a folder of its own, without the model: then it is that alone.
-
-    Raises:
-        EncdecError: as `write_code`.
     """
     here, found = Path(__file__).parent, dict[str, str]()
     left = [name for name in MODULES if (here / f"{name}.py").exists()]
     while left:
         name = left.pop()
-        if name in found:
+        if flat(name) in found:
             continue
-        text = (here / f"{name}.py").read_text(encoding="utf-8")
-        imported = [match[2] for match in OWN_IMPORT.finditer(text)]
-        if nested := [module for module in imported if "." in module]:
-            raise EncdecError(
-                "What a model's own files import of this package must lie beside them",
-                found=f"{nested[0]} in {name}",
-                remedy="Move what is needed of it into a module of its own at the top of the package",
-            )
-        found[name] = OWN_IMPORT.sub(r"\1.\2", text)
-        left += imported
+        text = Path(here, *name.split(".")).with_suffix(".py").read_text(encoding="utf-8")
+        found[flat(name)] = OWN_IMPORT.sub(lambda match: f"{match[1]}.{flat(match[2])}", text)
+        left += [match[2] for match in OWN_IMPORT.finditer(text)]
     return dict(sorted(found.items()))
+
+
+def flat(module: str) -> str:
+    """The name of a module where there are no packages."""
+    return module.replace(".", "_")

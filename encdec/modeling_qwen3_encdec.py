@@ -113,7 +113,7 @@ class Qwen3EncoderDecoderPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True  # and "split", of encdec.attention: flash attention alone cannot express the merged mask
 
     def shows_inside(self, outputs_asked_for: dict[str, Any]) -> bool:
-        """Whether hidden states or attentions of the layers are asked for: they are shown padded, as they were given."""
+        """Whether hidden states or attentions of the layers are asked for: they are shown as tokens came, padded."""
         return any(
             outputs_asked_for.get(name, getattr(self.config, name, False))
             for name in ("output_hidden_states", "output_attentions", "output_cross_attentions")
@@ -329,16 +329,17 @@ class Qwen3ForSeq2SeqLM(Seq2SeqInterface, Qwen3EncoderDecoderPreTrainedModel, Ge
         Raises:
             InputError: inputs are missing, empty, too long, of different batches, or ids that have no row.
         """
-        if decoder_input_ids is None and labels is not None:
-            if decoder_attention_mask is None and not use_cache and past_key_values is None:
-                decoder_attention_mask = tokens_before_the_end(labels, IGNORED_LABEL)
-            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        from_labels = labels if decoder_input_ids is None else None
+        if from_labels is not None:
+            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(from_labels)
         check_inputs(
             self.config, input_ids, attention_mask, labels, decoder_input_ids, decoder_attention_mask, encoder_outputs,
             num_cached=0 if past_key_values is None else int(past_key_values.get_seq_length()),
         )  # fmt: skip
         if use_cache and past_key_values is None:
             past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        if from_labels is not None and decoder_attention_mask is None and past_key_values is None:
+            decoder_attention_mask = tokens_before_the_end(from_labels, IGNORED_LABEL)
         masks: tuple[AttentionMask, AttentionMask] = (attention_mask, decoder_attention_mask)
         if past_key_values is None and not self.shows_inside(outputs_asked_for):
             # before anything is computed: the host waits for the masks alone

@@ -222,9 +222,6 @@ class TestForward:
         left, right = (model(*padded(rows, side), decoder_input_ids=labels).logits for side in ("left", "right"))
         torch.testing.assert_close(left, right, atol=1e-4, rtol=1e-4)
 
-    @pytest.mark.xfail(
-        strict=True, reason="positions count padding on the left of the decoder: they must come from its mask"
-    )
     def test_the_decoder_may_be_padded_on_the_left(self):
         model, encoder, prompt = tiny_model(), tokens(2, 6), tokens(2, 3)
         plain = model(encoder, decoder_input_ids=prompt).logits
@@ -344,12 +341,11 @@ class TestGeneration:
         rest = model.generate(ids, decoder_input_ids=prompt, do_sample=False, max_new_tokens=5, eos_token_id=NO_END)
         assert rest.tolist() == whole.tolist()
 
-    @pytest.mark.xfail(
-        strict=True, reason="positions count padding on the left of the decoder: they must come from its mask"
-    )
     @pytest.mark.parametrize("use_cache", [True, False])
     def test_prompts_padded_on_the_left_as_prompts_alone(self, use_cache):
-        model, encoder, prompts = tiny_model(), tokens(2, 6), [tokens(4), tokens(2)]
+        model, encoder = tiny_model(), tokens(2, 6)
+        start = torch.tensor([model.config.decoder_start_token_id])  # else generate puts it before rows without padding
+        prompts = [torch.cat([start, tokens(length)]) for length in (4, 2)]
         ids, mask = padded(prompts, "left")
         arguments = self.ARGUMENTS | {"do_sample": False, "use_cache": use_cache}
         together = model.generate(encoder, decoder_input_ids=ids, decoder_attention_mask=mask, **arguments)

@@ -55,13 +55,13 @@ class Ours:
         plan = self.plan(attention, queries, encoder, (queries, encoder), (0, 0), 0, hidden)
         packed = queries.pack(hidden)
         rope = self.rotary(packed, plan.positions)
-        return queries.unpack(self.attention(packed, encoder.pack(encoded), plan, rope))
+        return queries.unpack(self.attention(packed, encoder.pack(encoded), plan, rope)[0])
 
     def cached(self, hidden: Tensor, encoded: Tensor, mask: Tensor, encoder_mask: Tensor, cache) -> Tensor:
         done = mask.shape[1] - hidden.shape[1]
         widths = hidden.shape[1], encoded.shape[1]
         plan = self.plan("sdpa", None, None, (mask, encoder_mask), widths, done, hidden)
-        return self.attention(hidden, encoded, plan, self.rotary(hidden, plan.positions), cache)
+        return self.attention(hidden, encoded, plan, self.rotary(hidden, plan.positions), cache)[0]
 
 
 class Theirs:

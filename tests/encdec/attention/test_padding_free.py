@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 from torch import nn
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from encdec.attention.sequences import Sequences
@@ -126,7 +127,7 @@ class TestLeaks:
         hidden = torch.randn(3, 6, SHAPE["hidden_size"], requires_grad=True)
         ids, cache = self.rows(20), None
         if form == "cached":
-            cache = model(encoder_outputs=(hidden,), decoder_input_ids=ids[:, :0], use_cache=True).past_key_values
+            cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         with padding_computed() if form == "padded" else torch.enable_grad():
             decoded = model.decoder(ids, hidden, mask, mask.flip(0), cache).last_hidden_state
         decoded[row, position].square().sum().backward()
