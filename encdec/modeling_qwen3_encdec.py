@@ -23,17 +23,22 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutput,
     BaseModelOutputWithPastAndCrossAttentions,
-    Seq2SeqLMOutput,
 )
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer as Qwen3CausalLayer
 from transformers.models.qwen3.modeling_qwen3 import (
-    Qwen3MLP,
     Qwen3RMSNorm,
     Qwen3RotaryEmbedding,
 )
 
 from encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 from encdec.merged_attention import Qwen3MergedAttention, encoder_attention_bias, merged_attention_bias
+from encdec.mixture_of_experts import (
+    Seq2SeqMoeLMOutput,
+    balancing_loss,
+    feed_forward,
+    initialize_experts,
+    recorded_routing,
+)
 
 IGNORED_LABEL = -100  # torch's and transformers' mark for label positions without loss
 
@@ -46,6 +51,8 @@ class Qwen3EncoderLayer(Qwen3CausalLayer):
         # them alike, and an encoder has no cache: so the index of every encoder layer is 0.
         super().__init__(config, layer_idx=0)
         self.self_attn.is_causal = False
+        if config.num_experts is not None:
+            self.mlp = feed_forward(config)
 
 
 class Qwen3DecoderLayer(GradientCheckpointingLayer):
@@ -54,7 +61,7 @@ class Qwen3DecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: Qwen3EncoderDecoderConfig, layer_idx: int) -> None:
         super().__init__()
         self.self_attn = Qwen3MergedAttention(config, layer_idx)
-        self.mlp = Qwen3MLP(config)
+        self.mlp = feed_forward(config)
         self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -86,6 +93,15 @@ class Qwen3EncoderDecoderPreTrainedModel(PreTrainedModel):
     _no_split_modules: ClassVar[list[str]] = ["Qwen3EncoderLayer", "Qwen3DecoderLayer"]
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
     _supports_sdpa = True  # flash attention cannot express the merged mask
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # transformers looks for its decorator in this file, and ours stands in mixture_of_experts
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        initialize_experts(module, self.config.initializer_range)
 
 
 class Qwen3Stack(Qwen3EncoderDecoderPreTrainedModel):
@@ -260,7 +276,7 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **_generation_kwargs,
-    ) -> Seq2SeqLMOutput:
+    ) -> Seq2SeqMoeLMOutput:
         """One teacher-forced pass, or one step of generation.
 
         Args:
@@ -277,7 +293,8 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
             **_generation_kwargs: what `generate` hands every model (`return_dict`, `cache_position`); without effect.
 
         Returns:
-            `loss` (scalar, float32, None without labels), `logits` [B, S_d, V], `past_key_values`,
+            `loss` (scalar, float32, None without labels; with experts `lm_loss` and the load-balancing `aux_loss`
+            besides, of which it is the sum), `logits` [B, S_d, V], `past_key_values`,
             `encoder_last_hidden_state` [B, S_e, H].
 
         Raises:
@@ -287,21 +304,34 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         if decoder_input_ids is None or (input_ids is None and encoder_outputs is None):
             raise ValueError("give input_ids or encoder_outputs, and labels or decoder_input_ids")
-        if encoder_outputs is None:
-            encoder_outputs = self.encoder(input_ids, attention_mask)
+        balanced = labels is not None and self.config.num_experts is not None
+        with recorded_routing(balanced) as encoder_routing:
+            if encoder_outputs is None:
+                encoder_outputs = self.encoder(input_ids, attention_mask)
         if use_cache and past_key_values is None:
             past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
 
-        decoded = self.decoder(
-            decoder_input_ids,
-            encoder_outputs[0],
-            attention_mask=decoder_attention_mask,
-            encoder_attention_mask=attention_mask,
-            past_key_values=past_key_values,
-        )
+        with recorded_routing(balanced) as decoder_routing:
+            decoded = self.decoder(
+                decoder_input_ids,
+                encoder_outputs[0],
+                attention_mask=decoder_attention_mask,
+                encoder_attention_mask=attention_mask,
+                past_key_values=past_key_values,
+            )
         logits = F.linear(decoded.last_hidden_state, self.shared.weight)
-        return Seq2SeqLMOutput(
-            loss=None if labels is None else token_cross_entropy(logits, labels, num_items_in_batch),
+        loss = lm_loss = None if labels is None else token_cross_entropy(logits, labels, num_items_in_batch)
+        aux_loss = None
+        if balanced:
+            targets = labels != IGNORED_LABEL
+            stacks = [(encoder_routing, attention_mask), (decoder_routing, targets)]
+            items = targets.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+            aux_loss = balancing_loss(stacks, targets.sum(dim=1) / items)
+            loss = lm_loss + self.config.router_aux_loss_coef * aux_loss
+        return Seq2SeqMoeLMOutput(
+            loss=loss,
+            lm_loss=lm_loss,
+            aux_loss=aux_loss,
             logits=logits,
             past_key_values=decoded.past_key_values,
             encoder_last_hidden_state=encoder_outputs[0],
