@@ -157,8 +157,8 @@ class Seq2SeqMoeLMOutput(Seq2SeqLMOutput):
 def fill_from_dense(moe: nn.Module, dense: nn.Module, router_std: float) -> None:
     """Give every expert the feed-forward of the dense model, and draw the routers small: what the model computes stays.
 
-    "Sparse upcycling", Komatsuzaki et al. 2023 (arXiv:2212.05055). All experts begin alike and their weights for a token
-    add up to 1 (`norm_topk_prob`); the routers' noise is what tells them apart.
+    "Sparse upcycling", Komatsuzaki et al. 2023 (arXiv:2212.05055). All experts begin alike, and their weights for a
+    token add up to 1 (`norm_topk_prob`); the routers' noise is what tells them apart.
 
     Args:
         moe, dense: of one shape but for the experts; both on the host.

@@ -14,6 +14,8 @@ from encdec.files import RunPaths, staged_directory
 
 MODEL_FOLDER = "model"
 CONFIG = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
+"""peft's, of a model with low-rank adapters."""
 
 
 def keep_model_files(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -35,6 +37,8 @@ def keep_model_files(model: Any, tokenizer: Any, folder: Path) -> None:
             config.save_pretrained(staging)
             model.generation_config.save_pretrained(staging)
             tokenizer.save_pretrained(staging)
+            for adapter in getattr(model, "peft_config", {}).values():
+                adapter.save_pretrained(staging)
     except FileExistsError:
         return  # a rank of a start that was cut off has written it meanwhile
 
