@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ ADAPTER = "default"
 """peft's name of the one adapter that a model has here."""
 
 
-def add_adapters(model: nn.Module, lora: LoraConfig, seed: int, base: str | None = None) -> None:
+def add_adapters(model: Any, lora: LoraConfig, seed: int, base: str | None = None) -> None:
     """Put adapters into ``model``, in place, and freeze all else but ``modules_to_save``.
 
     At first they change nothing: B is zero. A matrix ``W`` is then ``W.base_layer``, beside it ``lora_A`` and
@@ -37,7 +38,7 @@ def add_adapters(model: nn.Module, lora: LoraConfig, seed: int, base: str | None
         )
     import peft
 
-    layers = max(model.config.num_hidden_layers, model.config.num_encoder_layers)  # type: ignore[union-attr]
+    layers = max(model.config.num_hidden_layers, model.config.num_encoder_layers)
     if lora.layers is not None and max(lora.layers) >= layers:
         raise ConfigError(
             f"model.lora.layers must be layers that the model has, 0 to {layers - 1}",
@@ -45,7 +46,8 @@ def add_adapters(model: nn.Module, lora: LoraConfig, seed: int, base: str | None
             remedy="Leave it out for all of them",
         )
     config = peft.LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.target_modules),
+        r=lora.rank, lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout, target_modules=list(lora.target_modules),
         layers_to_transform=lora.layers, layers_pattern=None if lora.layers is None else "layers", bias="none",
         task_type=peft.TaskType.SEQ_2_SEQ_LM, base_model_name_or_path=base,
     )  # fmt: skip

@@ -172,9 +172,11 @@ class Qwen3EncoderDecoderConfig(Qwen3Config):
             "Leave it out",
         )
         _require(
-            self.moe_intermediate_size > 0, "moe_intermediate_size must be positive", self.moe_intermediate_size,
+            bool(self.moe_intermediate_size and self.moe_intermediate_size > 0),
+            "moe_intermediate_size must be positive",
+            self.moe_intermediate_size,
             "Leave it out: experts are then intermediate_size wide",
-        )  # fmt: skip
+        )
         _require(
             self.router_aux_loss_coef >= 0, "router_aux_loss_coef must not be negative", self.router_aux_loss_coef,
             "Set it to 0 or more",

@@ -128,25 +128,32 @@ def sequence_balance(routing: Routing, mask: Tensor | None) -> Tensor:
     return experts * ((share * routed).sum(dim=1) * (share * probabilities).sum(dim=1)).sum(dim=-1)
 
 
-def balancing_loss(stacks: Sequence[tuple[Sequence[Routing], Tensor | None]], samples: Tensor) -> Tensor:
-    """The load-balancing loss of a batch: the mean over layers, summed over examples by their weights.
+def balancing_loss(
+    stacks: Sequence[tuple[Sequence[Routing], Tensor | None]],
+    targets: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
+) -> Tensor:
+    """The load-balancing loss of a batch: the mean over layers, averaged over examples by their target tokens.
+
+    Weighted and divided as the cross-entropy is, so that of a global batch it is the same however that is cut.
 
     Args:
         stacks: of encoder and decoder, the routing of each layer and the mask [B, S].
-        samples: [B], the weight of each example: its share in what the cross-entropy is averaged over. So the loss of
-            a global batch is the same however it is cut.
+        targets: [B], the target tokens of each example.
+        num_items_in_batch: the divisor, in target tokens; by default their number.
     """
     rows = [sequence_balance(routing, mask) for routings, mask in stacks for routing in routings]
-    return (torch.stack(rows).mean(dim=0) * samples).sum()
+    items = targets.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+    return (torch.stack(rows).mean(dim=0) * targets).sum() / items
 
 
 @dataclass
 class Seq2SeqMoeLMOutput(Seq2SeqLMOutput):
     """A model's output with the parts of its loss: `loss` is `lm_loss` + `router_aux_loss_coef` * `aux_loss`."""
 
-    lm_loss: torch.FloatTensor | None = None
+    lm_loss: Tensor | None = None
     """Cross-entropy alone, scalar; None without labels."""
-    aux_loss: torch.FloatTensor | None = None
+    aux_loss: Tensor | None = None
     """Load-balancing loss, scalar, divided as the cross-entropy is; None without labels or without experts."""
 
 

@@ -322,11 +322,10 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         logits = F.linear(decoded.last_hidden_state, self.shared.weight)
         loss = lm_loss = None if labels is None else token_cross_entropy(logits, labels, num_items_in_batch)
         aux_loss = None
-        if balanced:
-            targets = labels != IGNORED_LABEL
+        if labels is not None and lm_loss is not None and self.config.num_experts is not None:
+            targets = labels.ne(IGNORED_LABEL)
             stacks = [(encoder_routing, attention_mask), (decoder_routing, targets)]
-            items = targets.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-            aux_loss = balancing_loss(stacks, targets.sum(dim=1) / items)
+            aux_loss = balancing_loss(stacks, targets.sum(dim=1), num_items_in_batch)
             loss = lm_loss + self.config.router_aux_loss_coef * aux_loss
         return Seq2SeqMoeLMOutput(
             loss=loss,
