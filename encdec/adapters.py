@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from typing import Any
 
 import torch
 from torch import nn
 
-from encdec.errors import ConfigError, MissingPrerequisite
+from encdec.errors import ConfigError
 from encdec.training.model_options import LoraConfig
+from encdec.training.rules import require_peft
 
 ADAPTER = "default"
 """peft's name of the one adapter that a model has here."""
@@ -30,12 +29,7 @@ def add_adapters(model: Any, lora: LoraConfig, seed: int, base: str | None = Non
         MissingPrerequisite: peft is not installed.
         ConfigError: a layer or a matrix that the model does not have.
     """
-    if importlib.util.find_spec("peft") is None:
-        raise MissingPrerequisite(
-            "model.lora needs peft",
-            found=f"none in {sys.prefix}",
-            remedy="Install it: python -m pip install 'peft>=0.21'",
-        )
+    require_peft()
     import peft
 
     layers = max(model.config.num_hidden_layers, model.config.num_encoder_layers)

@@ -14,6 +14,7 @@ from encdec.training.config import ArchitectureConfig, FullConfig, TrainingConfi
 from encdec.training.deepspeed_config import embed_file
 from encdec.vocabulary import BYTE_ALPHABET_SIZE, smallest_vocabulary
 
+INSTALL_PEFT = 'python -m pip install "peft>=0.21"'
 INSTALL_DEEPSPEED = 'python -m pip install --no-build-isolation "deepspeed>=0.19.8"'
 
 
@@ -223,6 +224,18 @@ def require_deepspeed() -> None:
             "infra.distributed_type=deepspeed (--sharding zero3) needs DeepSpeed",
             found=f"none in {sys.prefix}",
             remedy=f"Install it, after torch: {INSTALL_DEEPSPEED}; or use --sharding fsdp2",
+        )
+
+
+def require_peft() -> None:
+    """Look for peft without importing it.
+
+    Raises:
+        MissingPrerequisite: it is not installed.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise MissingPrerequisite(
+            "model.lora needs peft", found=f"none in {sys.prefix}", remedy=f"Install it: {INSTALL_PEFT}"
         )
 
 

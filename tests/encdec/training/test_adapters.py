@@ -193,7 +193,7 @@ def test_what_the_model_does_not_have_is_refused(made: Made, monkeypatch: pytest
     with pytest.raises(ConfigError, match=r"found up_proj.*k_proj, o_proj"):
         add_adapters(experts, LoraConfig(target_modules=["q_proj", "up_proj"]), 0)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingPrerequisite, match=r"needs peft.*pip install 'peft"):
+    with pytest.raises(MissingPrerequisite, match=r"needs peft.*pip install \"peft"):
         add_adapters(experts, LoraConfig(), 0)
 
 
