@@ -40,6 +40,11 @@ class Qwen3EncoderDecoderConfig(Qwen3Config):
         pad_token_id: id of the padding token; never the end-of-sequence id.
         eos_token_id: id of the one end-of-sequence token.
         decoder_start_token_id: id that opens every decoder input; T5's convention is the padding token.
+        num_experts: feed-forwards of each layer, of which a router picks some for each token; None: one, for all.
+        num_experts_per_tok: experts that each token passes.
+        norm_topk_prob: whether their weights are scaled to add up to 1; where there are several of them unless given.
+        router_aux_loss_coef: what the load-balancing loss is multiplied by in the loss.
+        moe_intermediate_size: width of one expert; `intermediate_size` unless given.
 
     Raises:
         ConfigError: a shape or an id breaks a rule; the message names the rule and the values.
@@ -65,12 +70,22 @@ class Qwen3EncoderDecoderConfig(Qwen3Config):
     num_encoder_layers: int | None = None
     num_sentinel_tokens: int = 100
     sentinel_start_id: int = QWEN3_USED_ROWS
+    num_experts: int | None = None
+    num_experts_per_tok: int = 2
+    norm_topk_prob: bool | None = None
+    router_aux_loss_coef: float = 0.001
+    moe_intermediate_size: int | None = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         if self.num_encoder_layers is None:
             self.num_encoder_layers = self.num_hidden_layers
+        if self.num_experts is not None:
+            self.moe_intermediate_size = self.moe_intermediate_size or self.intermediate_size
+            if self.norm_topk_prob is None:
+                self.norm_topk_prob = self.num_experts_per_tok > 1
         self._check_shape()
+        self._check_experts()
         self._check_token_ids()
 
     def to_dict(self) -> dict[str, Any]:
@@ -150,6 +165,33 @@ class Qwen3EncoderDecoderConfig(Qwen3Config):
             self.tie_word_embeddings,
             "Remove tie_word_embeddings",
         )
+
+    def _check_experts(self) -> None:
+        if self.num_experts is None:
+            return
+        _require(
+            1 <= self.num_experts_per_tok <= self.num_experts,
+            "num_experts_per_tok must be 1 or more, and at most num_experts",
+            f"{self.num_experts_per_tok} of {self.num_experts}",
+            "Lower num_experts_per_tok or raise num_experts",
+        )
+        _require(
+            not (self.norm_topk_prob and self.num_experts_per_tok == 1),
+            "norm_topk_prob must be false where a token passes one expert, whose weight would always be 1: the router "
+            "would learn nothing",
+            self.norm_topk_prob,
+            "Leave it out",
+        )
+        _require(
+            bool(self.moe_intermediate_size and self.moe_intermediate_size > 0),
+            "moe_intermediate_size must be positive",
+            self.moe_intermediate_size,
+            "Leave it out: experts are then intermediate_size wide",
+        )
+        _require(
+            self.router_aux_loss_coef >= 0, "router_aux_loss_coef must not be negative", self.router_aux_loss_coef,
+            "Set it to 0 or more",
+        )  # fmt: skip
 
     def _check_token_ids(self) -> None:
         _require(

@@ -20,6 +20,8 @@ layers with fused attention; in half precision the norms keep fp32 copies, two v
 gated feed-forward and wider heads: 82."""
 MAX_LOGITS_BYTES = 512 * 10**6
 """Default bound of the loss's logits in fp32 that are there at the same time: 842 tokens at Qwen3's vocabulary."""
+SAVED_COPIES = 2
+"""Of its hidden width that a token leaves with each expert: what goes in, and what comes out before it is weighted."""
 
 
 def estimate_steps_for_tokens(
@@ -84,6 +86,9 @@ class LayerWidths:
     key_value: int
     """Key heads together; value heads are as many."""
     feed_forward: int
+    """All that a token passes."""
+    routed: int = 0
+    """Experts that each token passes: it is copied for each, and so is what comes back. 0: no experts."""
 
     @classmethod
     def like_qwen3(cls, hidden: int) -> LayerWidths:
@@ -94,7 +99,9 @@ class LayerWidths:
         """What one layer keeps of ``tokens`` tokens for its backward pass, bytes."""
         counts = SAVED_VALUES[bytes_per_value]
         widths = (self.hidden, self.query, self.key_value, self.feed_forward)
-        return tokens * bytes_per_value * sum(count * width for count, width in zip(counts, widths, strict=True))
+        copies = SAVED_COPIES * self.routed * self.hidden
+        values = copies + sum(count * width for count, width in zip(counts, widths, strict=True))
+        return tokens * bytes_per_value * values
 
 
 def activation_bytes(
@@ -188,7 +195,7 @@ class ModelSize:
 
     parameters: int
     matrices: int
-    """Of the parameters, those of the layers' matrices: what Muon steps."""
+    """Of the parameters, those of the layers' matrices that are trained, experts among them: what Muon steps."""
     embedding: int
     """Of the parameters, those of the one embedding."""
     vocabulary: int
@@ -196,11 +203,30 @@ class ModelSize:
     widths: LayerWidths
     layers: int
     """In the encoder, and again in the decoder."""
+    inactive: int = 0
+    """Of the parameters, those of experts that a token does not pass."""
+    frozen: int = 0
+    """Of the parameters, those that are not trained (LoRA)."""
+
+    @property
+    def active(self) -> int:
+        """Parameters that a token meets, in either stack."""
+        return self.parameters - self.inactive
+
+    @property
+    def trained(self) -> int:
+        """Parameters that have gradients and optimizer state."""
+        return self.parameters - self.frozen
+
+    @property
+    def trained_embedding(self) -> int:
+        """Of the embedding's parameters: adapters leave it frozen."""
+        return 0 if self.frozen else self.embedding
 
     def optimizer_bytes(self, optimizer: str) -> int:
         """State of ``optimizer``, bytes; what Muon does not step, AdamW does."""
-        others = self.parameters - self.matrices if optimizer == "muon" else 0
-        return (self.parameters - others) * optimizer_bytes(optimizer) + others * optimizer_bytes("adamw")
+        others = self.trained - self.matrices if optimizer == "muon" else 0
+        return (self.trained - others) * optimizer_bytes(optimizer) + others * optimizer_bytes("adamw")
 
     def checkpoint_bytes(self, optimizer: str) -> int:
         """One checkpoint: fp32 weights and optimizer state; what else is in it is small."""
@@ -245,11 +271,14 @@ def estimate_rank_memory(
     """
     per_value, shards = bytes_per_value, 0 if offloaded else 1 / ranks
     layer = (size.parameters - size.embedding) // (2 * size.layers)
+    trained_layer = (size.trained - size.trained_embedding) // (2 * size.layers)
     tokens = [micro_batch_size * length for length in (encoder_length, decoder_length)]
-    whole = FP32_BYTES * size.parameters if accumulates else 0
+    whole = FP32_BYTES * size.trained if accumulates else 0
     sharded = FP32_BYTES * size.parameters * shards
+    gradients = FP32_BYTES * size.trained * shards
     on_their_way = per_value + FP32_BYTES
     embedding, fetched = size.embedding * per_value, 2 * layer * per_value  # one is fetched while one is in use
+    its_gradient = size.trained_embedding * per_value
     everything = size.parameters * per_value
     kept = sum(
         size.layers * n * size.widths.hidden * per_value
@@ -261,20 +290,23 @@ def estimate_rank_memory(
     moments: tuple[dict[str, float], ...] = (
         {
             "gathered": everything if gathered_whole else embedding + fetched,
-            "gradients": whole + size.embedding * on_their_way,  # the head's, summed in fp32
+            "gradients": whole + size.trained_embedding * on_their_way,  # the head's, summed in fp32
             "activations": kept,
             # the head's product, and its log-softmax in fp32
             "logits": min(tokens[1] * size.vocabulary, max_logits_bytes // FP32_BYTES) * on_their_way,
         },
         {
             "gathered": everything if gathered_whole else embedding + fetched,
-            "gradients": whole + embedding + layer * on_their_way,
+            "gradients": whole + its_gradient + trained_layer * on_their_way,
             "activations": kept + again,
             "logits": 0,
         },
         {
             "gathered": embedding,
-            "gradients": max(whole + embedding, sharded + size.embedding * (on_their_way + FP32_BYTES * accumulates)),
+            "gradients": max(
+                whole + its_gradient,
+                gradients + size.trained_embedding * (on_their_way + FP32_BYTES * accumulates),
+            ),
             "activations": 0,
             "logits": 0,
         },

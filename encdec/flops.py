@@ -54,11 +54,11 @@ def forward_flops(size: ModelSize, encoder_tokens: int, decoder_tokens: int) -> 
 
     2 [N_e S_e + N_x S_e + N_d S_d + V d S_d] + 4 a L [S_e^2 + S_d^2 + S_e S_d], with N_e and N_d the parameters of
     either stack's layers and N_x those of the decoder's key and value projections, which also run on the encoder's
-    output (merged attention). Two FLOPs a parameter and token: Kaplan et al. 2020 (arXiv:2001.08361, section 2.1);
-    attention's scores and their sums of values besides: Chowdhery et al. 2022 (arXiv:2204.02311, appendix B), whose
-    full square is counted also where the mask is causal.
+    output (merged attention). Of experts those count that a token passes. Two FLOPs a parameter and token: Kaplan et
+    al. 2020 (arXiv:2001.08361, section 2.1); attention's scores and their sums of values besides: Chowdhery et al. 2022
+    (arXiv:2204.02311, appendix B), whose full square is counted also where the mask is causal.
     """
-    stack = (size.parameters - size.embedding) / 2
+    stack = (size.active - size.embedding) / 2
     shared = size.layers * 2 * size.widths.hidden * size.widths.key_value
     products = stack * encoder_tokens + shared * encoder_tokens + (stack + size.embedding) * decoder_tokens
     pairs = encoder_tokens**2 + decoder_tokens**2 + encoder_tokens * decoder_tokens
@@ -70,6 +70,8 @@ def training_flops_per_sample(
 ) -> float:
     """FLOPs of training on one sample, the mean over the denoisers by their weights.
 
+    A backward pass takes two forward passes, one for the gradients of weights: frozen ones have none.
+
     Args:
         sample_length: raw tokens.
         num_sentinels: of the tokenizer.
@@ -78,7 +80,7 @@ def training_flops_per_sample(
     weights = checked_task_weights(task_weights)
     sides = [denoiser.side_lengths(sample_length, num_sentinels) for denoiser in UL2_DENOISERS]
     forward = sum(weight * forward_flops(size, *side) for weight, side in zip(weights, sides, strict=True))
-    return BACKWARD_AND_FORWARD * forward / sum(weights)
+    return (BACKWARD_AND_FORWARD - size.frozen / size.parameters) * forward / sum(weights)
 
 
 def widest_sides(

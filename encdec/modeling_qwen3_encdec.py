@@ -23,12 +23,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutput,
     BaseModelOutputWithPastAndCrossAttentions,
-    Seq2SeqLMOutput,
 )
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3Attention,
-    Qwen3MLP,
     Qwen3RMSNorm,
     Qwen3RotaryEmbedding,
 )
@@ -40,6 +38,14 @@ from encdec.attention.sequences import tokens_before_the_end
 from encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 from encdec.cross_entropy import IGNORED_LABEL, MAX_LOGITS_BYTES, chunked_cross_entropy
 from encdec.merged_attention import Qwen3EncoderAttention, Qwen3MergedAttention
+from encdec.mixture_of_experts import (
+    Seq2SeqMoeLMOutput,
+    balancing_loss,
+    feed_forward,
+    initialize_experts,
+    recorded_routing,
+    spread_routing,
+)
 from encdec.model_inputs import check_inputs
 from encdec.seq2seq_interface import Seq2SeqInterface
 
@@ -52,7 +58,7 @@ class Qwen3EncoderLayer(GradientCheckpointingLayer):
         # them alike, and an encoder has no cache: so the index of every encoder layer is 0.
         super().__init__()
         self.self_attn = Qwen3EncoderAttention(config, layer_idx=0)
-        self.mlp = Qwen3MLP(config)
+        self.mlp = feed_forward(config)
         self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -74,7 +80,7 @@ class Qwen3DecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: Qwen3EncoderDecoderConfig, layer_idx: int) -> None:
         super().__init__()
         self.self_attn = Qwen3MergedAttention(config, layer_idx)
-        self.mlp = Qwen3MLP(config)
+        self.mlp = feed_forward(config)
         self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -118,6 +124,15 @@ class Qwen3EncoderDecoderPreTrainedModel(PreTrainedModel):
             outputs_asked_for.get(name, getattr(self.config, name, False))
             for name in ("output_hidden_states", "output_attentions", "output_cross_attentions")
         )
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # transformers looks for its decorator in this file, and ours stands in mixture_of_experts
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        initialize_experts(module, self.config.initializer_range)
 
 
 class Qwen3Stack(Qwen3EncoderDecoderPreTrainedModel):
@@ -301,7 +316,7 @@ class Qwen3ForSeq2SeqLM(Seq2SeqInterface, Qwen3EncoderDecoderPreTrainedModel, Ge
         return_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **outputs_asked_for,
-    ) -> Seq2SeqLMOutput:
+    ) -> Seq2SeqMoeLMOutput:
         """One teacher-forced pass, or one step of generation.
 
         Args:
@@ -323,7 +338,8 @@ class Qwen3ForSeq2SeqLM(Seq2SeqInterface, Qwen3EncoderDecoderPreTrainedModel, Ge
                 else `generate` hands every model is without effect.
 
         Returns:
-            `loss` (scalar, float32, None without labels), `logits` [B, S_d, V], `past_key_values`,
+            `loss` (scalar, float32, None without labels; with experts `lm_loss` and the load-balancing `aux_loss`
+            besides, of which it is the sum), `logits` [B, S_d, V], `past_key_values`,
             `encoder_last_hidden_state` [B, S_e, H], and what was asked for beside them, by transformers' names.
 
         Raises:
@@ -344,29 +360,41 @@ class Qwen3ForSeq2SeqLM(Seq2SeqInterface, Qwen3EncoderDecoderPreTrainedModel, Ge
         if past_key_values is None and not self.shows_inside(outputs_asked_for):
             # before anything is computed: the host waits for the masks alone
             masks = without_padding(attention_mask), without_padding(decoder_attention_mask)
-        if encoder_outputs is None:
-            encoded: BaseModelOutput = self.encoder(input_ids, masks[0], **outputs_asked_for)
-        else:
-            encoded = encoder_outputs if hasattr(encoder_outputs, "keys") else BaseModelOutput(*encoder_outputs)
-
-        decoded = self.decoder(
-            decoder_input_ids,
-            encoded.last_hidden_state,
-            attention_mask=masks[1],
-            encoder_attention_mask=masks[0],
-            past_key_values=past_key_values,
-            **outputs_asked_for,
-        )
-        loss = logits = None
+        balanced = labels is not None and self.config.num_experts is not None
+        with recorded_routing(balanced) as encoder_routing:
+            if encoder_outputs is None:
+                encoded: BaseModelOutput = self.encoder(input_ids, masks[0], **outputs_asked_for)
+            else:
+                encoded = encoder_outputs if hasattr(encoder_outputs, "keys") else BaseModelOutput(*encoder_outputs)
+        with recorded_routing(balanced) as decoder_routing:
+            decoded = self.decoder(
+                decoder_input_ids,
+                encoded.last_hidden_state,
+                attention_mask=masks[1],
+                encoder_attention_mask=masks[0],
+                past_key_values=past_key_values,
+                **outputs_asked_for,
+            )
+        loss = lm_loss = aux_loss = logits = None
         if labels is not None:
-            loss = chunked_cross_entropy(
+            loss = lm_loss = chunked_cross_entropy(
                 decoded.last_hidden_state, self.shared.weight, labels, num_items_in_batch, self.max_logits_bytes
             )
+            if self.config.num_experts is not None:
+                targets = labels.ne(IGNORED_LABEL)
+                stacks = [
+                    (spread_routing(encoder_routing, masks[0], encoded.last_hidden_state.shape[:2]), attention_mask),
+                    (spread_routing(decoder_routing, masks[1], labels.shape), targets),
+                ]
+                aux_loss = balancing_loss(stacks, targets.sum(dim=1), num_items_in_batch)
+                loss = lm_loss + self.config.router_aux_loss_coef * aux_loss
         if return_logits or (return_logits is None and not (self.training and labels is not None)):
             kept = slice_logits_to_keep(decoded.last_hidden_state, logits_to_keep)
             logits = F.linear(kept, self.shared.weight)
-        return Seq2SeqLMOutput(
+        return Seq2SeqMoeLMOutput(
             loss=loss,
+            lm_loss=lm_loss,
+            aux_loss=aux_loss,
             logits=logits,
             past_key_values=decoded.past_key_values,
             decoder_hidden_states=decoded.hidden_states,

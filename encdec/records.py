@@ -165,14 +165,20 @@ class StepRecord:
     attempt: int
     restart: int
     """In-place restarts of this attempt so far."""
+    aux_loss: float | None = None
+    """Load-balancing loss of a mixture of experts, 1 where all experts are used alike; None, and not in the record,
+    without experts."""
     time: float = field(default_factory=time.time)
     """Seconds since the epoch."""
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        values = asdict(self)
+        if self.aux_loss is None:
+            del values["aux_loss"]
+        return values
 
 
-STEP_FIELDS = frozenset(field.name for field in fields(StepRecord))
+STEP_FIELDS = frozenset(field.name for field in fields(StepRecord)) - {"aux_loss"}
 
 
 def is_step(record: Any) -> bool:

@@ -106,8 +106,9 @@ def _check_gradients(model: nn.Module, loss: Tensor, report: SanityReport) -> No
         return
     report.add("backward", True, "done")
     for side in ("encoder", "decoder"):
-        # each stack's own layers: the embedding gets gradients from both
-        silent = [n for n, p in model.named_parameters() if n.startswith(f"{side}.layers.") and not _has_gradient(p)]
+        # each stack's own layers: the embedding gets gradients from both; an adapter's A has none before B has moved
+        trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad and ".lora_A." not in n]
+        silent = [n for n, p in trained if n.startswith(f"{side}.layers.") and not _has_gradient(p)]
         report.add(
             f"{side}_gradients", not silent, f"none in {silent[:3]}" if silent else "every layer parameter has one"
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 from encdec.data.corpus import open_corpus
 from encdec.errors import ConfigError, MissingPrerequisite
 from encdec.training.notifications import require_notifications
-from encdec.training.rules import require_deepspeed
+from encdec.training.rules import require_deepspeed, require_peft
 from encdec.training.run_config import RunConfig
 from launchers.slurm import why_no_controller
 
@@ -48,10 +48,12 @@ def require_devices(run: RunConfig) -> None:
     """Local runs need their GPUs, their engine and what notifies people here. Looks at files: no torch is loaded here.
 
     Raises:
-        MissingPrerequisite: fewer GPUs than ranks, no DeepSpeed, or no means of notification.
+        MissingPrerequisite: fewer GPUs than ranks, no DeepSpeed or peft, or no means of notification.
     """
     if run.config.infra.distributed_type == "deepspeed":
         require_deepspeed()
+    if run.config.model.lora is not None:
+        require_peft()
     require_notifications(run.config.infra.notify_env, run.config.infra.notify_file)
     if run.config.infra.device != "cuda":
         return

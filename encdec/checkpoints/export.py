@@ -5,6 +5,9 @@
     OUT/model.safetensors, or model-00001-of-0000N.safetensors and their index
 
 Memory: one safetensors shard. The model's one embedding is stored once, under the name of its one parameter.
+
+Of a model with low-rank adapters: by default with the adapters merged in; or its base alone, likewise; or the adapter
+alone, as peft has it: ``adapter_config.json`` and ``adapter_model.safetensors``.
 """
 
 from __future__ import annotations
@@ -23,8 +26,9 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 
+from encdec.checkpoints.lora_weights import LoraWeights, Part, read_adapter_config
 from encdec.checkpoints.manifest import Manifest
-from encdec.checkpoints.model_files import CONFIG, find_model_files
+from encdec.checkpoints.model_files import ADAPTER_CONFIG, CONFIG, find_model_files
 from encdec.checkpoints.payload import open_weights
 from encdec.checkpoints.training_facts import TrainingFacts, checkpoint_rows
 from encdec.checkpoints.weights import Weights
@@ -36,6 +40,7 @@ from encdec.model_card import MODEL_CARD, model_card
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WEIGHTS = re.compile(r"\.(safetensors|bin|pt|pth)$|\.index\.json$")
 """Not copied from a folder of model files: those would be another checkpoint's."""
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 DEFAULT_SHARD_MB = 1000
 Progress = Callable[[int], None]
 
@@ -48,6 +53,7 @@ def export(
     dtype: Literal["fp32", "bf16"] = "fp32",
     shard_mb: int = DEFAULT_SHARD_MB,
     files_from: Path | None = None,
+    part: Part = "merged",
     progress: Progress = lambda count: None,
 ) -> list[Path]:
     """Write ``out``, which is there whole or not at all; returns its weight files.
@@ -58,10 +64,11 @@ def export(
         dtype: of the weights; checkpoints hold the fp32 master weights.
         shard_mb: most of one safetensors file, 10^6 bytes; also what is held in memory.
         files_from: folder with config.json and the tokenizer; default: the run's own.
+        part: of a model with low-rank adapters.
         progress: told the bytes of each tensor written.
 
     Raises:
-        ConfigError: ``out`` exists, or ``files_from`` is of another model.
+        ConfigError: ``out`` exists, ``files_from`` is of another model, or a part is asked for that there is not.
         CheckpointError: there are no model files, or they are of another model.
         OSError: it cannot be written.
     """
@@ -73,23 +80,42 @@ def export(
             found=f"no {CONFIG} in {files}" if files else f"none for {checkpoint}",
             remedy="Give a folder that has them with --files-from DIR",
         )
-    weights = open_weights(checkpoint, manifest)
-    _require_same_model(weights.tensors, files)
+    _require_same_model(part_of(checkpoint, manifest, files, "merged").tensors, files)
+    weights = part_of(checkpoint, manifest, files, part)
     try:
         with staged_directory(out) as staging:
-            for path in files.iterdir():
-                if path.is_file() and not WEIGHTS.search(path.name):
-                    shutil.copyfile(path, staging / path.name)
-            config = _complete_config(staging / CONFIG, DTYPES[dtype])
-            if not (staging / f"{MODULES[0]}.py").exists():  # of a run that is older than this
-                write_code(staging)
-            _write_card(staging, config, weights, manifest)
-            written = _write_shards(staging, weights, DTYPES[dtype], shard_mb * 10**6, progress)
+            if part == "adapter":
+                written = _write_adapter(staging, weights, DTYPES[dtype], files, progress)
+            else:
+                _copy_model_files(files, staging)
+                config = _complete_config(staging / CONFIG, DTYPES[dtype])
+                if not (staging / f"{MODULES[0]}.py").exists():  # of a run that is older than this
+                    write_code(staging)
+                _write_card(staging, config, weights, manifest)
+                written = _write_shards(staging, weights, DTYPES[dtype], shard_mb * 10**6, progress)
             _open_as_umask_says(staging)
     except FileExistsError:
         require_absent(out)
         raise
     return [out / path.name for path in written]
+
+
+def part_of(checkpoint: Path, manifest: Manifest, files: Path | None, part: Part) -> Weights:
+    """The weights of a verified checkpoint, or of that part of them where the model has adapters.
+
+    Raises:
+        ConfigError: a part of a model without adapters.
+    """
+    weights = open_weights(checkpoint, manifest)
+    if files is not None and (files / ADAPTER_CONFIG).is_file():
+        return LoraWeights(weights, read_adapter_config(files / ADAPTER_CONFIG), part)
+    if part != "merged":
+        raise ConfigError(
+            f"--part {part} needs a run with low-rank adapters (model.lora)",
+            found=f"no {ADAPTER_CONFIG} in {files}",
+            remedy="Leave --part out: the whole model is exported",
+        )
+    return weights
 
 
 def require_absent(out: Path) -> None:
@@ -131,6 +157,13 @@ def _require_same_model(tensors: Mapping[str, Tensor], files: Path) -> None:
 
 def _shape(shapes: Mapping[str, torch.Size], name: str) -> object:
     return list(shapes[name]) if name in shapes else "none"
+
+
+def _copy_model_files(files: Path, folder: Path) -> None:
+    """Configuration and tokenizer; an adapter's configuration would have transformers look for its weights."""
+    for path in files.iterdir():
+        if path.is_file() and not WEIGHTS.search(path.name) and path.name != ADAPTER_CONFIG:
+            shutil.copyfile(path, folder / path.name)
 
 
 def _complete_config(path: Path, dtype: torch.dtype) -> dict[str, Any]:
@@ -181,11 +214,25 @@ def _write_shards(
     return written
 
 
+def _write_adapter(folder: Path, weights: Weights, dtype: torch.dtype, files: Path, progress: Progress) -> list[Path]:
+    shutil.copyfile(files / ADAPTER_CONFIG, folder / ADAPTER_CONFIG)
+    tensors = {name: weights.read(name).to(dtype) for name in weights.tensors}
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    progress(sum(tensor.nbytes for tensor in tensors.values()))
+    return [folder / ADAPTER_WEIGHTS]
+
+
 def _stored_dtype(meta: Tensor, dtype: torch.dtype) -> torch.dtype:
     return dtype if meta.dtype.is_floating_point else meta.dtype
 
 
-def bytes_to_write(checkpoint: Path, manifest: Manifest, dtype: Literal["fp32", "bf16"]) -> int:
+def bytes_to_write(
+    checkpoint: Path,
+    manifest: Manifest,
+    dtype: Literal["fp32", "bf16"],
+    files_from: Path | None = None,
+    part: Part = "merged",
+) -> int:
     """What ``export`` will write of weights, bytes."""
-    tensors = open_weights(checkpoint, manifest).tensors.values()
+    tensors = part_of(checkpoint, manifest, files_from or find_model_files(checkpoint), part).tensors.values()
     return sum(meta.numel() * _stored_dtype(meta, DTYPES[dtype]).itemsize for meta in tensors)

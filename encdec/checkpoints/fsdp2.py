@@ -17,7 +17,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from blake3 import blake3
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
 from encdec.checkpoints.dcp_index import PayloadReader, plain_error
@@ -123,11 +123,13 @@ class Fsdp2Payload:
 
 
 def _take_part(target: Tensor, whole: Tensor) -> None:
-    """Fill this rank's part of a tensor that is sharded by its first dimension, or a plain one."""
+    """Fill this rank's part of a tensor that is sharded by one dimension, or a plain one."""
     if isinstance(target, DTensor):
-        local = target.to_local()
-        rows = -(-len(whole) // target.device_mesh.size())
-        target, whole = local, whole[rank() * rows :][: len(local)]
+        (cut,), local = target.placements, target.to_local()
+        assert isinstance(cut, Shard)
+        rows = -(-whole.shape[cut.dim] // target.device_mesh.size())
+        first = min(rank() * rows, whole.shape[cut.dim])
+        target, whole = local, whole.narrow(cut.dim, first, local.shape[cut.dim])
     target.copy_(whole)
 
 

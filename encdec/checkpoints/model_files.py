@@ -15,6 +15,8 @@ from encdec.files import RunPaths, staged_directory
 
 MODEL_FOLDER = "model"
 CONFIG = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
+"""peft's, of a model with low-rank adapters."""
 
 
 def keep_model_files(model: Any, tokenizer: Any, folder: Path, facts: TrainingFacts | None = None) -> None:
@@ -39,6 +41,8 @@ def keep_model_files(model: Any, tokenizer: Any, folder: Path, facts: TrainingFa
             tokenizer.save_pretrained(staging)
             if facts:
                 facts.write(staging)
+            for adapter in getattr(model, "peft_config", {}).values():
+                adapter.save_pretrained(staging)
     except FileExistsError:
         return  # a rank of a start that was cut off has written it meanwhile
 

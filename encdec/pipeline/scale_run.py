@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers.initialization import no_init_weights
 
+from encdec.adapters import add_adapters
 from encdec.checkpoints import folders
 from encdec.checkpoints.manifest import verify
 from encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
@@ -165,5 +166,7 @@ def empty_model(paths: RunPaths, config: FullConfig) -> Qwen3ForSeq2SeqLM:
     """The model that a run directory describes, its parameters without values."""
     with no_init_weights():
         model = Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderConfig.from_pretrained(paths.model))
+    if config.model.lora is not None:
+        add_adapters(model, config.model.lora, config.training.seed)
     model.set_attn_implementation(attention_by_rule(config))
     return model

@@ -144,7 +144,7 @@ class Trial:
         twin = self._twin()
         optimizer = make_optimizer(twin, self.config)
         for parameter in twin.parameters():  # a first update makes the optimizer's state
-            parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         optimizer.step()
         optimizer.zero_grad()
         for last in [True] if size == self.share else [False, True]:

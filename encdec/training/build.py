@@ -14,6 +14,7 @@ import torch
 from blake3 import blake3
 
 from encdec import distributed
+from encdec.adapters import add_adapters
 from encdec.checkpoints import CheckpointManager, DriveCheckpointManager
 from encdec.checkpoints.payload import payload_named
 from encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
@@ -43,7 +44,8 @@ from encdec.training.signals import Requests
 from encdec.training.tracking.observer import TrackerObserver
 from encdec.training.tracking.speed import step_seconds_at_peak
 from encdec.training.trainer import Qwen3EncoderDecoderTrainer
-from encdec.weight_initialization import allocate, build_from_pretrained, build_from_scratch
+from encdec.upcycling import expert_fields, with_experts
+from encdec.weight_initialization import allocate, build_from_pretrained, build_from_scratch, model_type_of
 
 log = logging.getLogger("encdec.train")
 SECONDS_BETWEEN_LOOKS = 0.05
@@ -131,9 +133,13 @@ def build_model(config: FullConfig, tokenizer: Qwen3EncoderDecoderTokenizer, *, 
         model = build_from_pretrained(
             settings.model_name_or_path, settings.num_sentinel_tokens, tokenizer=tokenizer, fill=fill
         )
+        if settings.n_experts is not None:
+            model = with_experts(model, settings, config.training.seed, fill=fill)
     else:
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        require_memory(settings.from_scratch, len(tokenizer), ranks_here, psutil.virtual_memory().total)
+        require_memory(
+            settings.from_scratch, len(tokenizer), ranks_here, psutil.virtual_memory().total, settings.n_experts
+        )
         shape = Qwen3EncoderDecoderConfig(
             vocab_size=len(tokenizer),
             num_sentinel_tokens=settings.num_sentinel_tokens,
@@ -142,6 +148,7 @@ def build_model(config: FullConfig, tokenizer: Qwen3EncoderDecoderTokenizer, *, 
             eos_token_id=tokenizer.eos_token_id,
             decoder_start_token_id=tokenizer.decoder_start_token_id,
             **settings.from_scratch.model_dump(),
+            **expert_fields(settings),
         )
         model = build_from_scratch(shape, config.training.seed) if fill else allocate(shape, torch.float32)
     tokenizer.assert_matches(model.config)
@@ -150,7 +157,11 @@ def build_model(config: FullConfig, tokenizer: Qwen3EncoderDecoderTokenizer, *, 
 
 
 def _as_configured(model: Qwen3ForSeq2SeqLM, config: FullConfig) -> Qwen3ForSeq2SeqLM:
-    """How a model computes, whatever its weights and its attention."""
+    """How a model computes, whatever its weights and its attention, and what of it is trained."""
+    if config.model.lora is not None:
+        name = config.model.model_name_or_path
+        is_base = not config.model.from_scratch and Path(name).is_dir() and model_type_of(Path(name)) == "qwen3_encdec"
+        add_adapters(model, config.model.lora, config.training.seed, name if is_base else None)
     model.max_logits_bytes = config.model.max_logits_mb * 10**6
     if config.infra.fsdp_activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

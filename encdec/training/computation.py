@@ -54,8 +54,10 @@ class Computation:
         return self._loader.batch_sampler.epoch_at(samples_consumed)  # type: ignore[union-attr]
 
     def forward_backward(self) -> tuple[Tensor, int, float]:
-        """(summed loss [], target tokens, seconds waited for data) of this rank's A micro-batches."""
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)
+        """(sums of the cross-entropy and of the experts' load-balancing loss [2], target tokens, seconds waited for
+        data) of this rank's A micro-batches; what a model without experts lacks is 0.
+        """
+        loss_sums = torch.zeros(2, dtype=torch.float64, device=self._device)
         tokens, waited = 0, 0.0
         for index in range(self._accumulation_steps):
             asked = time.perf_counter()
@@ -63,28 +65,28 @@ class Computation:
             waited += time.perf_counter() - asked
             tokens += int((batch["labels"] != -100).sum())  # on the host: no device synchronisation
             self._engine.set_sync(index == self._accumulation_steps - 1)
-            loss = self._loss(batch, self._unit)
-            self._engine.backward(loss)
-            loss_sum += loss.detach().double() * self._unit
-        return loss_sum, tokens, waited
+            output = self._output(batch, self._unit)
+            self._engine.backward(output.loss)
+            loss_sums += _parts_of_loss(output) * self._unit
+        return loss_sums, tokens, waited
 
-    def _loss(self, batch: dict[str, Tensor], unit: float) -> Tensor:
+    def _output(self, batch: dict[str, Tensor], unit: float) -> Any:
         inputs = {
             key: batch[key].to(self._device, non_blocking=True) for key in ("input_ids", "attention_mask", "labels")
         }
-        return self._engine.module(**inputs, use_cache=False, num_items_in_batch=unit, return_logits=False).loss
+        return self._engine.module(**inputs, use_cache=False, num_items_in_batch=unit, return_logits=False)
 
     def _next_batch(self) -> dict[str, Tensor]:
         if self._batches is None:
             self._batches = iter(self._loader)
         return next(self._batches)
 
-    def reduce(self, loss_sum: Tensor, tokens: int, flags: list[bool]) -> list[float]:
-        """The step's one collective: sums of loss, tokens, squared gradients and each flag over all ranks."""
+    def reduce(self, loss_sums: Tensor, tokens: int, flags: list[bool]) -> list[float]:
+        """The step's one collective: sums of both losses, tokens, squared gradients and each flag over all ranks."""
         norms = torch._foreach_norm(self._engine.local_gradients())
         squares = torch.stack(norms).double().square().sum()
         counts = torch.tensor([tokens, *flags], dtype=torch.float64, device=self._device)
-        values = torch.cat([torch.stack([loss_sum, counts[0], squares.to(self._device)]), counts[1:]])
+        values = torch.cat([loss_sums, torch.stack([counts[0], squares.to(self._device)]), counts[1:]])
         if distributed.is_distributed():
             dist.all_reduce(values)
         return values.tolist()
@@ -122,7 +124,7 @@ class Computation:
         with torch.no_grad():
             for batch in batches:
                 tokens = int((batch["labels"] != -100).sum())
-                totals[0] += self._loss(batch, 1.0).double()  # a filler batch has no targets and adds 0
+                totals[0] += _parts_of_loss(self._output(batch, 1.0))[0]  # a filler batch has no targets and adds 0
                 totals[1] += tokens
         self._engine.module.train()
         self._engine.end_evaluation()
@@ -130,6 +132,14 @@ class Computation:
             dist.all_reduce(totals)
         loss = (totals[0] / totals[1].clamp(min=1)).item()
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+
+
+def _parts_of_loss(output: Any) -> Tensor:
+    """[2], float64: cross-entropy and load-balancing loss; a user's own model may know of one loss alone."""
+    whole, aux = output.loss, getattr(output, "aux_loss", None)
+    if aux is None:
+        return torch.stack([whole.detach().double(), torch.zeros_like(whole, dtype=torch.float64)])
+    return torch.stack([output.lm_loss.detach().double(), aux.detach().double()])
 
 
 def memory_gb(device: torch.device) -> float:

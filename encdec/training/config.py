@@ -26,38 +26,9 @@ from encdec.training.config_section import (
     Section,
     Size,
 )
+from encdec.training.model_options import FEED_FORWARD_MATRICES, ArchitectureConfig, LoraConfig
 from encdec.training.phase_overrides import PhaseOverrides
 from encdec.training.yaml_values import dump_yaml, read_yaml
-
-
-class ArchitectureConfig(Section):
-    """Sizes of a model that starts from random weights. Encoder and decoder are alike."""
-
-    hidden_size: Size
-    """Width of the residual stream."""
-    intermediate_size: Size
-    """Width of the gated feed-forward."""
-    num_hidden_layers: Size
-    """Layers in the encoder, and again in the decoder."""
-    num_attention_heads: Size
-    """Query heads."""
-    num_key_value_heads: Size
-    """Key and value heads; divides the query heads."""
-    head_dim: Size
-    """Width of one head; not derived from hidden_size (Qwen3 keeps it explicit)."""
-    max_position_embeddings: Size = 8192
-    """Longest sequence, tokens."""
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> ArchitectureConfig:
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_key_value_heads must divide num_attention_heads, found {self.num_key_value_heads} "
-                f"and {self.num_attention_heads}"
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even for rotary positions, found {self.head_dim}")
-        return self
 
 
 class ModelConfig(Section):
@@ -82,6 +53,26 @@ class ModelConfig(Section):
     """Sizes of a model with random weights, instead of ``model_name_or_path``."""
     train_tokenizer_vocab_size: Size | None = None
     """Entries of a byte-level BPE trained on the corpus, sentinels included, instead of ``tokenizer_name_or_path``."""
+    n_experts: Annotated[int, Field(gt=1, le=2**12)] | None = None
+    """Feed-forwards of each layer (mixture of experts), each as wide as ``intermediate_size``; a dense checkpoint's is
+    copied into each. None: one, or as many as the encoder-decoder in ``model_name_or_path`` has."""
+    top_k: PositiveInt = 2
+    """Experts that each token passes."""
+    router_aux_loss_coef: NonNegativeFloat = 0.001
+    """What the experts' load-balancing loss (1 where all are used alike) is multiplied by and added to the loss."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters instead of the model's own weights."""
+
+    @model_validator(mode="after")
+    def _options_go_together(self) -> ModelConfig:
+        if self.n_experts is not None and self.top_k > self.n_experts:
+            raise ValueError(f"top_k must be at most n_experts, found {self.top_k} of {self.n_experts}")
+        inside = set(FEED_FORWARD_MATRICES).intersection(self.lora.target_modules if self.lora else ())
+        if self.n_experts is not None and inside:
+            raise ValueError(
+                f"lora.target_modules must be matrices of attention with n_experts, found {sorted(inside)}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_attention(self) -> ModelConfig:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 from encdec.estimates import LayerWidths, ModelSize
 from encdec.training.config import ArchitectureConfig, ModelConfig
-from encdec.training.rules import count_parameters
+from encdec.training.model_options import LoraConfig
+from encdec.training.rules import count_feed_forward_parameters, count_parameters
 
 QWEN3_ROWS, QWEN3_USED_ROWS = 151_936, 151_669
 """Of the embedding that all Qwen3 models have, and of that those that its tokenizer uses."""
@@ -33,35 +36,69 @@ QWEN3_SHAPES = {
 """Qwen3's dense models, by the name that theirs on the hub ends in (with -Base or without), from their config.json."""
 
 
+class Shape(NamedTuple):
+    """Of an encoder-decoder: either stack's, rows of the embedding, experts."""
+
+    stack: ArchitectureConfig
+    rows: int
+    n_experts: int | None
+    top_k: int
+
+
 def model_size(model: ModelConfig) -> ModelSize | None:
     """The encoder-decoder that ``model`` describes; None where its sizes cannot be known from here."""
     known = _shape_of(model)
     if known is None:
         return None
-    shape, rows = known
+    shape, rows, n_experts, top_k = known
     layers = 2 * shape.num_hidden_layers
-    parameters = count_parameters(shape, rows)
+    parameters = count_parameters(shape, rows, n_experts)
     norms = layers * (2 * shape.hidden_size + 2 * shape.head_dim) + 2 * shape.hidden_size
     embedding = rows * shape.hidden_size
-    return ModelSize(
+    passed = top_k if n_experts else 1
+    whole = ModelSize(
         parameters=parameters, matrices=parameters - embedding - norms, embedding=embedding, vocabulary=rows,
         layers=shape.num_hidden_layers,
+        inactive=layers * ((n_experts or 1) - passed) * count_feed_forward_parameters(shape),
         widths=LayerWidths(
             shape.hidden_size, shape.num_attention_heads * shape.head_dim, shape.num_key_value_heads * shape.head_dim,
-            shape.intermediate_size,
+            passed * shape.intermediate_size, passed if n_experts else 0,
         ),
     )  # fmt: skip
+    return whole if model.lora is None else _with_adapters(whole, shape, model.lora)
 
 
-def _shape_of(model: ModelConfig) -> tuple[ArchitectureConfig, int] | None:
-    """Shape of either stack, and rows of the embedding."""
+def _with_adapters(base: ModelSize, shape: ArchitectureConfig, lora: LoraConfig) -> ModelSize:
+    """All of ``base`` frozen but what ``lora`` adds and names."""
+    heads, kv_heads = (n * shape.head_dim for n in (shape.num_attention_heads, shape.num_key_value_heads))
+    hidden, feed_forward = shape.hidden_size, shape.intermediate_size
+    sides = {
+        "q_proj": (hidden, heads), "k_proj": (hidden, kv_heads), "v_proj": (hidden, kv_heads),
+        "o_proj": (heads, hidden), "gate_proj": (hidden, feed_forward), "up_proj": (hidden, feed_forward),
+        "down_proj": (feed_forward, hidden),
+    }  # fmt: skip
+    layers = 2 * (shape.num_hidden_layers if lora.layers is None else len(lora.layers))
+    adapters = layers * lora.rank * sum(sum(sides[name]) for name in lora.target_modules)
+    per_layer = {"input_layernorm": hidden, "post_attention_layernorm": hidden, "q_norm": shape.head_dim}
+    per_layer["k_norm"] = shape.head_dim
+    named = [name for name in per_layer if name.endswith(tuple(lora.modules_to_save))]
+    norms = 2 * shape.num_hidden_layers * sum(per_layer[name] for name in named)
+    norms += 2 * hidden * ("norm" in lora.modules_to_save)
+    return dataclasses.replace(
+        base, parameters=base.parameters + adapters, matrices=adapters, frozen=base.parameters - norms
+    )
+
+
+def _shape_of(model: ModelConfig) -> Shape | None:
     if model.from_scratch:
         rows = model.train_tokenizer_vocab_size or _rows_of_tokenizer(model)
-        return (model.from_scratch, rows) if rows else None
+        return Shape(model.from_scratch, rows, model.n_experts, model.top_k) if rows else None
     if Path(model.model_name_or_path, "config.json").is_file():
-        return _read_shape(Path(model.model_name_or_path, "config.json"), model.num_sentinel_tokens)
+        return _read_shape(Path(model.model_name_or_path, "config.json"), model)
     name = model.model_name_or_path.rpartition("/")[2].removesuffix("-Base")
-    return (QWEN3_SHAPES[name], _grown(QWEN3_ROWS, model.num_sentinel_tokens)) if name in QWEN3_SHAPES else None
+    if name not in QWEN3_SHAPES:
+        return None
+    return Shape(QWEN3_SHAPES[name], _grown(QWEN3_ROWS, model.num_sentinel_tokens), model.n_experts, model.top_k)
 
 
 def _rows_of_tokenizer(model: ModelConfig) -> int | None:
@@ -70,12 +107,15 @@ def _rows_of_tokenizer(model: ModelConfig) -> int | None:
     return QWEN3_USED_ROWS + model.num_sentinel_tokens if name in QWEN3_SHAPES else None
 
 
-def _read_shape(path: Path, sentinels: int) -> tuple[ArchitectureConfig, int] | None:
+def _read_shape(path: Path, model: ModelConfig) -> Shape | None:
     """What a saved Qwen3's config.json says; None if it is not one's."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         shape = ArchitectureConfig(**{key: values[key] for key in ArchitectureConfig.model_fields})
-        return shape, _grown(int(values["vocab_size"]), sentinels)
+        rows = _grown(int(values["vocab_size"]), model.num_sentinel_tokens)
+        if values.get("num_experts") is not None:
+            return Shape(shape, rows, int(values["num_experts"]), int(values["num_experts_per_tok"]))
+        return Shape(shape, rows, model.n_experts, model.top_k)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -2,7 +2,8 @@
 
 torch.optim.Muon takes sharded matrices (DTensors), too, but then multiplies their parts in bfloat16 and adds those up
 over the ranks: on two ranks its step differs from that on one by some percent of its largest element. So here a matrix
-travels to one rank, is orthogonalised there by torch.optim.Muon, and its parts travel back. Ranks take turns.
+travels to one rank, is orthogonalised there by torch.optim.Muon, and its parts travel back. Ranks take turns. Experts
+are stacked matrices: each rank takes whole ones of them, which is how they mostly lie already.
 
 K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024); the scale of a step after J. Liu et
 al., "Muon is Scalable for LLM Training" (arXiv:2502.16982), with which one learning rate serves AdamW, too.
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.optim import AdamW, Optimizer
 
 MOMENTUM = "momentum_buffer"
@@ -30,21 +31,26 @@ class Muon(Optimizer):
     That factor ("match_rms_adamw") gives a step the root mean square of AdamW's, whatever the matrix's shape.
 
     Args:
-        params: parameters with two dimensions, plain ones or DTensors sharded by rows over one mesh; fp32.
+        params: matrices, or stacks of them [E, m, n], plain ones or DTensors sharded over one mesh: matrices by rows,
+            stacks by their first dimension or their second; fp32. A group's ``blocks`` says of how many matrices, one
+            above the other, each is made up (gate and up of an expert are one tensor): each block is stepped alone.
         lr: learning rate, as AdamW would have it.
         weight_decay: decoupled, times the learning rate.
         momentum: decay of the running mean of gradients.
     """
 
     def __init__(self, params: Iterable[Any], lr: float, *, weight_decay: float, momentum: float = 0.95) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "blocks": 1})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """One step; collective where parameters are sharded."""
         assert closure is None, "a step takes gradients that are there already"
         for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
+            for stack in (p for p in group["params"] if p.grad is not None and p.ndim == 3):
+                direction = orthogonalized_stack(self._momentum(stack, group["momentum"]), stack, group["blocks"])
+                _apply(group, stack, direction)
+            parameters = [p for p in group["params"] if p.grad is not None and p.ndim == 2]
             # matrices of one size are worked on at the same time, one a rank
             parameters.sort(key=lambda p: p.numel(), reverse=True)
             ranks = parameters[0].device_mesh.size() if parameters and isinstance(parameters[0], DTensor) else 1
@@ -54,9 +60,7 @@ class Muon(Optimizer):
     def _step_together(self, group: dict[str, Any], parameters: Sequence[nn.Parameter]) -> None:
         parts = [self._momentum(parameter, group["momentum"]) for parameter in parameters]
         for parameter, direction in zip(parameters, orthogonalized(parts, parameters), strict=True):
-            own = _local(parameter)
-            own.mul_(1 - group["lr"] * group["weight_decay"])
-            own.add_(direction, alpha=group["lr"])
+            _apply(group, parameter, direction)
 
     def _momentum(self, parameter: nn.Parameter, decay: float) -> Tensor:
         """This rank's part of where Nesterov's momentum points; the running mean takes the gradient in."""
@@ -116,6 +120,30 @@ def orthogonalized(parts: Sequence[Tensor], matrices: Sequence[Tensor]) -> list[
     return [step.view(part.shape).to(part.device) for step, part in zip(steps, parts, strict=True)]
 
 
+def orthogonalized_stack(part: Tensor, stack: Tensor, blocks: int) -> Tensor:
+    """The same for one stack of matrices [E, m, n]: this rank's part of it; collective if it is cut through them.
+
+    Args:
+        part: this rank's part of its momentum.
+        blocks: into which the m rows of each matrix are divided.
+    """
+    if not isinstance(stack, DTensor):
+        return _each_stepped(part, blocks)
+    mesh, by_experts = stack.device_mesh, (Shard(0),)
+    momentum = DTensor.from_local(
+        part.to(mesh.device_type), mesh, stack.placements, run_check=False, shape=stack.shape, stride=stack.stride()
+    )
+    own = _each_stepped(momentum.redistribute(placements=by_experts).to_local(), blocks)
+    steps = DTensor.from_local(own, mesh, by_experts, run_check=False, shape=stack.shape, stride=stack.stride())
+    return steps.redistribute(placements=stack.placements).to_local().to(part.device)
+
+
+def _each_stepped(stack: Tensor, blocks: int) -> Tensor:
+    """[e, blocks * m, n] -> the same, each [m, n] by ``torch_step``."""
+    matrices = stack.unflatten(1, (blocks, -1)).flatten(0, 1)
+    return torch.stack([torch_step(matrix) for matrix in matrices]).view_as(stack) if len(stack) else stack
+
+
 def torch_step(momentum: Tensor) -> Tensor:
     """What torch.optim.Muon adds to a parameter at a learning rate of 1; a plain tensor [m, n], as ``momentum``."""
     parameter = nn.Parameter(torch.zeros_like(momentum))
@@ -137,6 +165,12 @@ def _rows_by_rank(rows: int, ranks: int) -> list[int]:
     """Rows of each rank's part, as torch.chunk and so FSDP2 cut them: the last ones may have fewer, or none."""
     most = -(-rows // ranks)
     return [min(max(rows - rank * most, 0), most) for rank in range(ranks)]
+
+
+def _apply(group: dict[str, Any], parameter: nn.Parameter, direction: Tensor) -> None:
+    own = _local(parameter)
+    own.mul_(1 - group["lr"] * group["weight_decay"])
+    own.add_(direction, alpha=group["lr"])
 
 
 def _local(tensor: Tensor) -> Tensor:

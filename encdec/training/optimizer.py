@@ -25,7 +25,7 @@ def make_optimizer(model: nn.Module, config: FullConfig) -> Optimizer:
     """
     training = config.training
     own = _layer_matrices(model) if training.optimizer == "muon" else []
-    taken = {id(parameter) for parameter in own}
+    taken = {id(parameter) for group in own for parameter in group["params"]}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
     groups = [
         {"params": [p for p in others if p.ndim >= 2], "weight_decay": training.weight_decay},
@@ -38,10 +38,15 @@ def make_optimizer(model: nn.Module, config: FullConfig) -> Optimizer:
     return MuonWithAdamW(muon, adamw)
 
 
-def _layer_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """What Muon steps: parameters with two dimensions inside the transformer layers."""
+def _layer_matrices(model: nn.Module) -> list[dict[str, Any]]:
+    """What Muon steps, as its groups: matrices inside the transformer layers, and the stacked ones of experts."""
     layers = model.transformer_layers()  # type: ignore[operator]
-    return [p for layer in layers for p in layer.parameters() if p.requires_grad and p.ndim == 2]
+    named = [pair for layer in layers for pair in layer.named_parameters() if pair[1].requires_grad]
+    matrices = [p for _, p in named if p.ndim == 2]
+    stacked = [(2 if name.endswith(".gate_up_proj") else 1, p) for name, p in named if p.ndim == 3]
+    groups = [{"params": matrices, "blocks": 1}]
+    groups += [{"params": [p for n, p in stacked if n == blocks], "blocks": blocks} for blocks in (1, 2)]
+    return [group for group in groups if group["params"]]
 
 
 def _adamw(groups: list[dict[str, Any]], training: TrainingConfig) -> AdamW:

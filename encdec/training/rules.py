@@ -14,6 +14,7 @@ from encdec.training.config import ArchitectureConfig, FullConfig, TrainingConfi
 from encdec.training.deepspeed_config import embed_file
 from encdec.vocabulary import BYTE_ALPHABET_SIZE, smallest_vocabulary
 
+INSTALL_PEFT = 'python -m pip install "peft>=0.21"'
 INSTALL_DEEPSPEED = 'python -m pip install --no-build-isolation "deepspeed>=0.19.8"'
 
 
@@ -48,17 +49,20 @@ def _require_suites(config: FullConfig) -> None:
             )
 
 
-def require_memory(shape: ArchitectureConfig, vocab_size: int, ranks: int, memory: int) -> None:
+def require_memory(
+    shape: ArchitectureConfig, vocab_size: int, ranks: int, memory: int, n_experts: int | None = None
+) -> None:
     """Each rank of a node builds the whole model in fp32 on the host before it is sharded.
 
     Args:
         ranks: ranks on this node.
         memory: the node's, bytes.
+        n_experts: feed-forwards of each layer, where there are several.
 
     Raises:
         ConfigError: the weights alone do not fit.
     """
-    parameters = count_parameters(shape, vocab_size)
+    parameters = count_parameters(shape, vocab_size, n_experts)
     if 4 * parameters * ranks > memory:
         raise ConfigError(
             f"The weights of model.from_scratch in fp32, once a rank, must fit this node's {memory / 1e9:,.0f} GB",
@@ -67,17 +71,27 @@ def require_memory(shape: ArchitectureConfig, vocab_size: int, ranks: int, memor
         )
 
 
-def count_parameters(shape: ArchitectureConfig, vocab_size: int) -> int:
+def count_parameters(shape: ArchitectureConfig, vocab_size: int, n_experts: int | None = None) -> int:
     """Parameters of the encoder-decoder: two stacks alike and one embedding, which is the head as well."""
-    return 2 * count_stack_parameters(shape) + vocab_size * shape.hidden_size
+    return 2 * count_stack_parameters(shape, n_experts) + vocab_size * shape.hidden_size
 
 
-def count_stack_parameters(shape: ArchitectureConfig) -> int:
-    """Parameters of the encoder, and of the decoder: Qwen3 layers and a last norm, without the embedding."""
+def count_stack_parameters(shape: ArchitectureConfig, n_experts: int | None = None) -> int:
+    """Parameters of the encoder, and of the decoder: Qwen3 layers and a last norm, without the embedding.
+
+    Args:
+        n_experts: feed-forwards of each layer, and a row of its router for each; None: one, and no router.
+    """
     heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
     attention = 2 * shape.hidden_size * shape.head_dim * (heads + kv_heads) + 2 * shape.head_dim
-    layer = attention + 3 * shape.hidden_size * shape.intermediate_size + 2 * shape.hidden_size
+    router = (n_experts or 0) * shape.hidden_size
+    layer = attention + (n_experts or 1) * count_feed_forward_parameters(shape) + router + 2 * shape.hidden_size
     return shape.num_hidden_layers * layer + shape.hidden_size
+
+
+def count_feed_forward_parameters(shape: ArchitectureConfig) -> int:
+    """Parameters of one gated feed-forward: a layer's, or one expert."""
+    return 3 * shape.hidden_size * shape.intermediate_size
 
 
 def _require_room_in_vocabulary(config: FullConfig) -> None:
@@ -150,6 +164,8 @@ def _require_one_engine(config: FullConfig) -> None:
                 remedy="Leave it out, or use fsdp",
             )
         _require_fsdp("training.optimizer", config.training.optimizer, "muon", "adamw")
+        if config.model.lora is not None:  # its partitions are of trained parameters alone
+            _require_fsdp("model.lora", "given", "given", "null")
         _require_fsdp("training.per_device_train_batch_size", config.training.per_device_train_batch_size, "auto", "4")
         embed_file(config)
     elif infra.deepspeed_config is not None:
@@ -208,6 +224,18 @@ def require_deepspeed() -> None:
             "infra.distributed_type=deepspeed (--sharding zero3) needs DeepSpeed",
             found=f"none in {sys.prefix}",
             remedy=f"Install it, after torch: {INSTALL_DEEPSPEED}; or use --sharding fsdp2",
+        )
+
+
+def require_peft() -> None:
+    """Look for peft without importing it.
+
+    Raises:
+        MissingPrerequisite: it is not installed.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise MissingPrerequisite(
+            "model.lora needs peft", found=f"none in {sys.prefix}", remedy=f"Install it: {INSTALL_PEFT}"
         )
 
 

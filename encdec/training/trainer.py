@@ -159,9 +159,9 @@ class Qwen3EncoderDecoderTrainer:
         """
         began = time.perf_counter()
         torch.manual_seed(self._step_seed())
-        own_loss_sum, own_tokens, waited = self.computation.forward_backward()
+        own_loss_sums, own_tokens, waited = self.computation.forward_backward()
         flags = [*self.requests.look(), *self.saving.look()]
-        loss_sum, tokens, squares, *counts = self.computation.reduce(own_loss_sum, own_tokens, flags)
+        loss_sum, aux_sum, tokens, squares, *counts = self.computation.reduce(own_loss_sums, own_tokens, flags)
         loss = loss_sum / max(tokens, 1.0)
         if wrong := [value for value in (loss, squares) if not math.isfinite(value)]:
             tell_not_finite(self.observers, self.state.global_step + 1, loss, squares)
@@ -174,7 +174,7 @@ class Qwen3EncoderDecoderTrainer:
             step=self.state.global_step, loss=loss, grad_norm=grad_norm, learning_rate=rate, step_seconds=seconds,
             tokens_seen=self.state.total_tokens_seen, tokens_per_second=self._tokens_per_step / seconds,
             data_seconds=waited, samples_consumed=self.state.samples_consumed, memory_gb=memory_gb(self._device),
-            attempt=self.attempt, restart=self.restart,
+            attempt=self.attempt, restart=self.restart, aux_loss=aux_sum / max(tokens, 1.0) if aux_sum else None,
         )  # fmt: skip
         seen = [count > 0 for count in counts]
         return record, Wishes(*seen[: len(Wishes._fields)]), Standing(*seen[len(Wishes._fields) :])

@@ -82,6 +82,10 @@ class Forecast:
 
     parameters: int | None
     """Of the model; None: its sizes are not known here, nor then what follows from them."""
+    active_parameters: int | None
+    """Of them, those that a token meets: with experts, those that it passes."""
+    trained_parameters: int | None
+    """Of them, those that are not frozen beside low-rank adapters."""
     device: str
     gpu: str | None
     bytes_per_value: int
@@ -176,6 +180,8 @@ def foresee(
     achieved = flops / step / run.world_size if flops and step else None
     return Forecast(
         parameters=size.parameters if size else None,
+        active_parameters=size.active if size else None,
+        trained_parameters=size.trained if size else None,
         device=infra.device,
         gpu=place.gpu,
         bytes_per_value=bytes_per_value(run),

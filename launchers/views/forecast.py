@@ -51,6 +51,9 @@ def compute(forecast: Forecast) -> str:
     mfu = f", MFU {forecast.mfu:.0%}" if forecast.mfu is not None else ""
     speed = f"; {forecast.tokens_per_second:,.0f} tokens/s{mfu}" if forecast.tokens_per_second else ""
     model = f"{millions(forecast.parameters)} parameters"
+    parts = {"for each token": forecast.active_parameters, "trained": forecast.trained_parameters}
+    others = [f"{millions(n)} {what}" for what, n in parts.items() if n not in (None, forecast.parameters)]
+    model += f" ({', '.join(others)})" if others else ""
     return f"{model}, {forecast.flops_per_step:.2e} FLOPs a step, {forecast.total_flops:.2e} in all{speed}"
 
 

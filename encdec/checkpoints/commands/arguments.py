@@ -8,6 +8,7 @@ from pathlib import Path
 
 from encdec.checkpoints.commands import average, digest, export, listing, mirror, prune, verify
 from encdec.checkpoints.export import DEFAULT_SHARD_MB, DTYPES
+from encdec.checkpoints.lora_weights import PARTS
 from encdec.checkpoints.pruning import DEFAULT_AVERAGED
 from encdec.command_line import Help, Parser
 
@@ -62,6 +63,11 @@ def _export(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--files-from", type=Path, metavar="DIR", help="config.json and tokenizer, instead of RUN/model"
     )
+    command.add_argument(
+        "--part", choices=PARTS, default="merged",
+        help="of a run with low-rank adapters (model.lora): the model with them merged in, without them, or the "
+        "adapter alone, for peft.PeftModel.from_pretrained (default: merged)",
+    )  # fmt: skip
 
 
 def _prune(command: argparse.ArgumentParser) -> None:

@@ -25,11 +25,11 @@ from encdec.errors import CheckpointError, ConfigError
 def show(arguments: argparse.Namespace) -> int:
     require_absent(arguments.out)
     folder, manifest = find(arguments.path, arguments.best)
-    total = bytes_to_write(folder, manifest, arguments.dtype)
+    total = bytes_to_write(folder, manifest, arguments.dtype, arguments.files_from, arguments.part)
     with progress_bar("exporting", total) as progress, writing(arguments.out):
         files = export(
             folder, manifest, arguments.out, dtype=arguments.dtype, shard_mb=arguments.shard_mb,
-            files_from=arguments.files_from, progress=progress,
+            files_from=arguments.files_from, part=arguments.part, progress=progress,
         )  # fmt: skip
     if arguments.json:
         written = [path.name for path in files]

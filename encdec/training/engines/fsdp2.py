@@ -37,12 +37,23 @@ def shard(
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     offload = CPUOffloadPolicy() if infra.fsdp_cpu_offload else OffloadPolicy()
     free_after_forward = infra.fsdp_sharding_strategy == "FULL_SHARD"
+    ranks = mesh.size()
     for layer in layers:
         fully_shard(
-            layer, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=free_after_forward
-        )
+            layer, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=free_after_forward,
+            shard_placement_fn=lambda parameter: placement(parameter, ranks),
+        )  # fmt: skip
     fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=free_after_forward)
     return mesh
+
+
+def placement(parameter: nn.Parameter, ranks: int) -> Shard:
+    """How a parameter of a layer is cut: by its rows; stacked experts [E, rows, columns] by experts where the ranks
+    divide them, else by the rows of each: 8 experts on 64 ranks would else lie on 8 of them.
+    """
+    if parameter.ndim == 3 and parameter.shape[0] % ranks and parameter.shape[1] % ranks == 0:
+        return Shard(1)  # not dimension 1 where the ranks do not divide it: FSDP2 refuses that
+    return Shard(0)
 
 
 class TorchEngine:
@@ -88,7 +99,7 @@ class TorchEngine:
             tensor = parameter.data
             if (
                 not isinstance(tensor, DTensor)
-                or tensor.placements != (Shard(0),)
+                or tensor.placements not in ((Shard(0),), (Shard(1),))
                 or tensor.device_mesh.size() != world_size
             ):
                 raise ShardingError(

@@ -211,6 +211,7 @@ def scalars(
         "train/loss": record.loss,
         "train/loss_50_step_mean": moving_loss,
         "train/learning_rate": record.learning_rate,
+        "train/aux_loss": math.nan if record.aux_loss is None else record.aux_loss,
         "train/grad_norm": record.grad_norm,
         "train/tokens_seen": record.tokens_seen,
         "train/epoch": epoch,

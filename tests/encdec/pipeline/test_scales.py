@@ -5,11 +5,14 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
+from encdec.adapters import add_adapters
 from encdec.configuration_qwen3_encdec import QWEN3_VOCAB_SIZE, Qwen3EncoderDecoderConfig
 from encdec.errors import ConfigError
 from encdec.modeling_qwen3_encdec import Qwen3ForSeq2SeqLM
@@ -23,6 +26,10 @@ from encdec.pipeline.scales import (
     scale_records,
     scales_between,
 )
+from encdec.training.config import ModelConfig
+from encdec.training.model_options import LoraConfig
+from encdec.training.model_sizes import model_size
+from encdec.upcycling import expert_fields
 
 # scale: label, hidden, layers, heads, context, GB, samples; then kv heads, head_dim, feed-forward, which are ours
 PINNED = {
@@ -61,10 +68,43 @@ def test_counts_are_those_of_the_real_model(scale: ModelScale):
     assert row.num_parameters(1000) == counts.total - (VOCABULARY - 1000) * row.hidden_size
 
 
+@pytest.mark.parametrize("scale", ModelScale)
+@pytest.mark.parametrize(
+    "option", [{"n_experts": 8}, {"lora": LoraConfig(rank=8, target_modules=["q_proj", "up_proj"])}]
+)
+def test_sizes_with_experts_or_adapters_are_those_of_the_real_model(scale: ModelScale, option: dict[str, Any]):
+    shape = get_model_config(scale).architecture
+    settings = ModelConfig(from_scratch=shape, train_tokenizer_vocab_size=VOCABULARY, **option)
+    with torch.device("meta"):
+        model = Qwen3ForSeq2SeqLM(
+            Qwen3EncoderDecoderConfig(vocab_size=VOCABULARY, **shape.model_dump(), **expert_fields(settings))
+        )
+        if settings.lora is not None:
+            add_adapters(model, settings.lora, seed=0)
+    size = model_size(settings)
+    assert size is not None
+    assert size.parameters == sum(p.numel() for p in model.parameters())
+    assert size.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    experts = sum(p.numel() for p in model.parameters() if p.ndim == 3)
+    assert size.active == size.parameters - experts * 6 // 8  # two of eight
+
+
 @pytest.mark.parametrize("scale", list(ModelScale)[2:])
 def test_label_is_about_one_stack_with_the_embedding(scale: ModelScale):
     counts = get_model_config(scale).count()
     assert counts.decoder + counts.embedding == pytest.approx(LABELS[get_model_config(scale).label], rel=0.1)
+
+
+def test_qwen3_06b_s_shape_needs_no_weights():
+    """Merged and tied; heads wider than the hidden size together; theta of a million in the rotary frequencies."""
+    with torch.device("meta"):
+        model = Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderConfig())
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    assert sum(p.numel() for p in model.parameters()) == 1_036_517_376
+    attention = model.decoder.layers[0].self_attn
+    assert attention.head_dim == 128 and attention.q_proj.weight.shape == (2048, 1024)
+    rotary = Qwen3RotaryEmbedding(model.config)
+    assert rotary.inv_freq[1].item() == pytest.approx(1e6 ** (-2 / 128))
 
 
 def test_default_vocabulary_is_qwen3s():

@@ -19,7 +19,8 @@ from encdec.data.sampler import GlobalBatchSampler
 from encdec.data.ul2_dataset import UL2Dataset, build_dataloader
 from encdec.tokenization_qwen3_encdec import Qwen3EncoderDecoderTokenizer
 from encdec.training.build import build_model
-from encdec.training.engines import start_engine
+from encdec.training.engines import Engine, TorchEngine, start_engine
+from encdec.training.optimizer import make_optimizer
 from encdec.training.run_config import RunConfig, divide_global_batch, resolve_run
 from encdec.training.trainer import Qwen3EncoderDecoderTrainer
 from tests.conftest import MICRO
@@ -45,6 +46,9 @@ class Made:
         ensure_packed(corpus, tokenizer, folder / "packed", sample_length=run.sample_length, validation_fraction=0.1)
         return cls(folder)
 
+    def tokenizer(self) -> Qwen3EncoderDecoderTokenizer:
+        return Qwen3EncoderDecoderTokenizer.from_pretrained(str(self.folder / "tokenizer"))
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -52,9 +56,9 @@ class Scene:
 
     made: Made
     engine: str
-    """infra.distributed_type"""
+    """infra.distributed_type; or "plain": one process, whose model nothing shards."""
     root: Path
-    """Of checkpoints and of ``losses.json``."""
+    """Of checkpoints and of ``records.json``."""
     steps: int
     """Step at which it ends, with a checkpoint."""
     start: Path | None = None
@@ -69,26 +73,32 @@ class Scene:
             trainer.save()
         trainer.train()
         if distributed.rank() == 0:
-            (self.root / "losses.json").write_text(json.dumps(observer.losses))
+            (self.root / "records.json").write_text(json.dumps(observer.records))
 
     def run(self) -> RunConfig:
         settings = [
             f"training.num_train_steps={self.steps}", "training.warmup_steps=0", "training.learning_rate=1e-3",
             "training.lr_scheduler_type=constant", f"training.global_batch_size={GLOBAL_BATCH}",
-            "training.save_steps=1000", f"infra.distributed_type={self.engine}", *self.settings,
+            "training.save_steps=1000", *self.settings,
         ]  # fmt: skip
+        if self.engine != "plain":
+            settings.append(f"infra.distributed_type={self.engine}")
         return resolve_run(None, config_file=MICRO, settings=settings, ranks_per_node=distributed.world_size())
 
     def trainer(self, dtype: torch.dtype = torch.float32) -> Qwen3EncoderDecoderTrainer:
         run = self.run()
         rank, world = distributed.rank(), distributed.world_size()
-        tokenizer = Qwen3EncoderDecoderTokenizer.from_pretrained(str(self.made.folder / "tokenizer"))
+        tokenizer = self.made.tokenizer()
         micro, accumulation = divide_global_batch(GLOBAL_BATCH, run.config.training.per_device_train_batch_size, world)
-        engine = start_engine(
-            build_model(run.config, tokenizer), run.config, device=torch.device("cpu"), dtype=dtype,
-            micro_batch_size=micro, accumulation_steps=accumulation,
-        )  # fmt: skip
-        engine.prove_sharding(world)
+        model = build_model(run.config, tokenizer)
+        if self.engine == "plain":
+            engine: Engine = TorchEngine(model, make_optimizer(model, run.config))
+        else:
+            engine = start_engine(
+                model, run.config, device=torch.device("cpu"), dtype=dtype, micro_batch_size=micro,
+                accumulation_steps=accumulation,
+            )  # fmt: skip
+            engine.prove_sharding(world)
         dataset = UL2Dataset(open_packed(self.made.folder / "packed", "train"))
         collator = UL2DataCollator(tokenizer, 64, 64, seed=42)
         loader = build_dataloader(
@@ -101,7 +111,11 @@ class Scene:
 
     @property
     def losses(self) -> dict[int, float]:
-        return {int(step): loss for step, loss in json.loads((self.root / "losses.json").read_text()).items()}
+        return self.recorded("loss")
+
+    def recorded(self, name: str) -> dict[int, float]:
+        """One field of the step records, by step."""
+        return {record["step"]: record[name] for record in json.loads((self.root / "records.json").read_text())}
 
 
 def farthest(scene: Scene, whole: Scene) -> float:
@@ -111,13 +125,13 @@ def farthest(scene: Scene, whole: Scene) -> float:
 
 
 class Losses:
-    """Keeps the losses by step."""
+    """Keeps the step records."""
 
     def __init__(self) -> None:
-        self.losses: dict[int, float] = {}
+        self.records: list[dict[str, Any]] = []
 
     def on_step(self, record: Any, moving_loss: float) -> None:
-        self.losses[record.step] = record.loss
+        self.records.append(record.to_json())
 
     def on_evaluation(self, step: int, metrics: Any) -> None: ...
     def on_save(self, saved: Any) -> None: ...

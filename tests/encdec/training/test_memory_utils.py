@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import random
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -18,6 +21,7 @@ from encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 from encdec.errors import ConfigError, EncdecError
 from encdec.estimates import FP32_BYTES, OPTIMIZER_BYTES, LayerWidths, activation_bytes, estimate_memory
 from encdec.modeling_qwen3_encdec import Qwen3ForSeq2SeqLM
+from encdec.training.config import FullConfig
 from encdec.training.memory_utils import (
     auto_find_batch_size,
     clear_memory,
@@ -28,6 +32,8 @@ from encdec.training.memory_utils import (
     is_out_of_memory,
     log_memory_stats,
 )
+from encdec.training.optimizer import make_optimizer
+from tests.many_ranks import in_ranks
 
 VOCABULARY, BATCH, LENGTH, HIDDEN = 256, 2, 128, 128
 
@@ -81,6 +87,48 @@ def test_estimate_is_within_ten_percent_of_the_peak(layers: int, checkpointing: 
     loss = VOCABULARY * (BATCH * LENGTH + HIDDEN) * (dtype.itemsize + FP32_BYTES)
     expected = 1e9 * sum(estimate.values()) + loss
     assert measured_peak(model) == pytest.approx(expected, rel=0.1)
+
+
+def train_and_measure(optimizer: str, checkpointing: bool) -> None:
+    """In a process of its own: the growth of its peak resident memory over two steps, as the kernel counts it."""
+    ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: blocks that are freed go back at once
+    train(optimizer, checkpointing, hidden=64)  # libraries take what they take at their first use
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew here
+    before = psutil.Process().memory_info().rss
+    parameters = train(optimizer, checkpointing, hidden=384)
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    measured = int(peak.split()[1]) * 1024 - before
+    estimate = estimate_model_memory(parameters, 2, 256, 384, 4, torch.float32, optimizer, checkpointing)["total_gb"]
+    assert 0.85 * measured < 1e9 * estimate < 1.2 * measured, (measured, estimate)
+
+
+def train(optimizer: str, checkpointing: bool, hidden: int) -> int:
+    """Two steps, gradients let go of after each; how many parameters it had."""
+    config = FullConfig()
+    config.training.optimizer = optimizer  # type: ignore[assignment]
+    shape = Qwen3EncoderDecoderConfig(
+        vocab_size=512, num_sentinel_tokens=16, sentinel_start_id=490, pad_token_id=0, eos_token_id=1,
+        decoder_start_token_id=0, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=2,
+        num_attention_heads=8, num_key_value_heads=4, head_dim=hidden // 4, max_position_embeddings=1024,
+    )  # fmt: skip
+    model = Qwen3ForSeq2SeqLM(shape)
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    stepper = make_optimizer(model, config)
+    ids = torch.randint(16, 480, (2, 256))
+    for _ in range(2):
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
+        stepper.step()
+        stepper.zero_grad()
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_estimate_is_near_the_memory_that_a_process_really_takes(optimizer: str, checkpointing: bool):
+    in_ranks(1, train_and_measure, optimizer, checkpointing)
 
 
 def test_estimate_has_its_parts_and_their_sum():

@@ -1,0 +1,66 @@
+"""Low-rank adapters (LoRA) in a model, by peft."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from encdec.errors import ConfigError
+from encdec.training.model_options import LoraConfig
+from encdec.training.rules import require_peft
+
+ADAPTER = "default"
+"""peft's name of the one adapter that a model has here."""
+
+
+def add_adapters(model: Any, lora: LoraConfig, seed: int, base: str | None = None) -> None:
+    """Put adapters into ``model``, in place, and freeze all else but ``modules_to_save``.
+
+    At first they change nothing: B is zero. A matrix ``W`` is then ``W.base_layer``, beside it ``lora_A`` and
+    ``lora_B``. The same on every rank; torch's global generator is untouched.
+
+    Args:
+        model: on the host or the meta device, not sharded; its class and what it computes stay.
+        base: where the model's own weights come from, for the adapter's configuration.
+
+    Raises:
+        MissingPrerequisite: peft is not installed.
+        ConfigError: a layer or a matrix that the model does not have.
+    """
+    require_peft()
+    import peft
+
+    layers = max(model.config.num_hidden_layers, model.config.num_encoder_layers)
+    if lora.layers is not None and max(lora.layers) >= layers:
+        raise ConfigError(
+            f"model.lora.layers must be layers that the model has, 0 to {layers - 1}",
+            found=max(lora.layers),
+            remedy="Leave it out for all of them",
+        )
+    config = peft.LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout, target_modules=list(lora.target_modules),
+        layers_to_transform=lora.layers, layers_pattern=None if lora.layers is None else "layers", bias="none",
+        task_type=peft.TaskType.SEQ_2_SEQ_LM, base_model_name_or_path=base,
+    )  # fmt: skip
+    _require_targets(model, lora)
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)
+        peft.inject_adapter_in_model(config, model, ADAPTER)
+    config.modules_to_save = list(lora.modules_to_save) or None  # ours are trained in place, without peft's wrappers
+    config.inference_mode = True  # as peft saves it
+    for name, module in model.named_modules():
+        if name.endswith(tuple(lora.modules_to_save)):
+            module.requires_grad_(True)
+
+
+def _require_targets(model: nn.Module, lora: LoraConfig) -> None:
+    there = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if missing := [name for name in lora.target_modules if name not in there]:
+        raise ConfigError(
+            "model.lora.target_modules must be matrices that the model has; those of experts are none",
+            found=", ".join(missing),
+            remedy=f"Use some of {', '.join(sorted(there))}",
+        )
