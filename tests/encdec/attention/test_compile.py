@@ -30,7 +30,8 @@ def test_each_layer_is_one_graph_and_gives_the_same():
         layer.compile(backend=counter, fullgraph=True, dynamic=True)  # fullgraph: a graph break would raise
     for batch, result in zip(batches, expected, strict=True):
         torch.testing.assert_close(loss_and_gradients(model, batch), result, atol=1e-5, rtol=1e-5)
-    assert counter.frame_count == 2  # encoder layer and decoder layer, each once: numbers of tokens are symbols
+    graphs = [graph for graph in counter.graphs if len(graph.graph.nodes)]
+    assert len(graphs) == 2  # encoder layer and decoder layer, each once: numbers of tokens are symbols
 
 
 @pytest.mark.parametrize(("attention", "masked"), [("split", False), ("sdpa", True)], ids=["whole", "padded"])
