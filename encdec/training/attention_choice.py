@@ -119,17 +119,20 @@ def _recorded_or_found(
     name = recorded(paths, place)
     if name is not None and legal(name, device, dtype, shape.head_dim, shape.dropout):
         return name
-    if device.type == "cpu":
-        name, facts = attention_by_rule(config), {}
-    else:
+    name, facts = attention_by_rule(config), {}
+    if measured_on(device):
         with kept_randomness():
             facts = measure(shape, device, dtype)
-        name = min(facts["milliseconds"], key=facts["milliseconds"].get, default=SDPA)
+        name = min(facts["milliseconds"], key=facts["milliseconds"].get, default=name)
     with JsonLinesWriter(paths.attempt(attempt).events("rank-0")) as ledger:
         ledger.write(event(EVENT, implementation=name, **place, **facts))
         ledger.sync()
     log.info("attention: %s%s", name, "".join(f"; {key}: {value}" for key, value in facts.items()))
     return name
+
+
+def measured_on(device: torch.device) -> bool:
+    return device.type != "cpu"
 
 
 def recorded(paths: RunPaths, place: dict[str, str]) -> str | None:
