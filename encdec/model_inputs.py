@@ -69,6 +69,12 @@ def check_inputs(
         ("labels", labels, decoder_shape, "decoder_input_ids"),
         ("decoder_attention_mask", decoder_attention_mask, whole, "the cache and decoder_input_ids together"),
     ):
+        if tensor is not None and not torch.is_tensor(tensor):  # masks that transformers makes for a static cache
+            raise InputError(
+                f"{label} must be a tensor of ones and zeros, {list(expected)}",
+                found=type(tensor).__name__,
+                remedy="In generate, leave cache_implementation out: merged attention's cache grows as it fills",
+            )
         if tensor is not None and tuple(tensor.shape) != expected:
             raise InputError(
                 f"{label} must have the shape of {beside}, {list(expected)}",

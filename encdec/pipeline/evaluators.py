@@ -76,9 +76,9 @@ class Evaluation:
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         right = tokens = samples = 0
         for ids, mask, labels in self.held_out():
-            logits = self.model(input_ids=ids, attention_mask=mask, labels=labels).logits.float()  # [B, S_d, V]
+            logits = self.model(input_ids=ids, attention_mask=mask, labels=labels).logits  # [B, S_d, V]
             is_target = labels != IGNORED_LABEL
-            flat, targets = logits[is_target], labels[is_target]
+            flat, targets = logits[is_target].float(), labels[is_target]
             loss += nn.functional.cross_entropy(flat, targets, reduction="sum").double()
             right += int((flat.argmax(-1) == targets).sum())
             tokens += len(targets)

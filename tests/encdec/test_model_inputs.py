@@ -102,6 +102,11 @@ def test_generation_looks_before_it_begins(change, told):
         model.generate(**({"inputs": tokens(2, 7), "max_new_tokens": 2} | change))
 
 
+def test_a_static_cache_is_refused():
+    with pytest.raises(InputError, match=r"found dict\. In generate, leave cache_implementation out"):
+        tiny_model().generate(tokens(1, 5), max_new_tokens=2, cache_implementation="static")
+
+
 def test_boundaries_are_inside():
     model = tiny_model()
     ids = tokens(2, LONGEST)

@@ -121,12 +121,12 @@ def test_sound_choices_are_not_mentioned():
 
 def test_memory_that_cannot_suffice_is_refused_where_the_gpu_is_named():
     run = run_of("training.save_every=auto")
-    small = replace(PLACE, gpu_memory_gb=10.0)
+    small = replace(PLACE, gpu_memory_gb=6.0)
     [refused] = choices(run, small)
-    assert refused.refuses and "on a device of 10.0 GB" in refused.found
+    assert refused.refuses and "on a device of 6.0 GB" in refused.found
     [guessed] = choices(run, small, certain=False)
     assert not guessed.refuses
-    [tight] = choices(run, replace(PLACE, gpu_memory_gb=20.0))
+    [tight] = choices(run, replace(PLACE, gpu_memory_gb=8.5))
     assert not tight.refuses
 
 
