@@ -25,7 +25,6 @@ from encdec.modeling_qwen3_encdec import Qwen3ForSeq2SeqLM
 from encdec.pipeline.config import Launch
 from encdec.pipeline.facts import newest_attempt_says
 from encdec.pipeline.scales import ScaleConfig
-from encdec.training.build import build_model
 from encdec.training.config import FullConfig
 from encdec.training.execution import LoopGates
 from encdec.training.origin import fill_from_checkpoint
@@ -53,7 +52,7 @@ class Ending:
     message: str
 
 
-def train_here(config_file: Path, paths: RunPaths, make_model: ModelMaker, gates: LoopGates) -> Ending:
+def train_here(config_file: Path, paths: RunPaths, make_model: ModelMaker | None, gates: LoopGates) -> Ending:
     """Train in this process, alone; a run directory of the same configuration is continued.
 
     Raises:
@@ -100,14 +99,14 @@ def launch_with_torchrun(config_file: Path, run_dir: Path) -> int:
     return subprocess.run(command, check=False).returncode
 
 
-def model_maker(factory: ModelFactory | None, sizes: ScaleConfig) -> ModelMaker:
-    """What builds the model of a run: the factory where there is one.
+def model_maker(factory: ModelFactory | None, sizes: ScaleConfig) -> ModelMaker | None:
+    """What builds the model of a run: the factory where there is one; None: the run itself.
 
     Raises (when called):
         ConfigError: the factory's model lacks what a run needs of it.
     """
     if factory is None:
-        return build_model
+        return None
 
     def make(config: FullConfig, tokenizer: Any) -> nn.Module:
         model = factory(sizes, tokenizer)

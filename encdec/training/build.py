@@ -24,6 +24,7 @@ from encdec.data.sampler import GlobalBatchSampler
 from encdec.data.ul2_dataset import EvaluationBatches, UL2Dataset, build_dataloader
 from encdec.errors import FencedError
 from encdec.files import RunPaths, staged_directory
+from encdec.initialization.streams import Stream, fill, give_memory, is_empty
 from encdec.modeling_qwen3_encdec import Qwen3ForSeq2SeqLM
 from encdec.records import JsonLinesWriter, event
 from encdec.tokenization_qwen3_encdec import Qwen3EncoderDecoderTokenizer
@@ -42,7 +43,13 @@ from encdec.training.signals import Requests
 from encdec.training.tracking.observer import TrackerObserver
 from encdec.training.tracking.speed import step_seconds_at_peak
 from encdec.training.trainer import Qwen3EncoderDecoderTrainer
-from encdec.weight_initialization import allocate, build_from_pretrained, build_from_scratch
+from encdec.weight_initialization import (
+    UnfilledModel,
+    allocate,
+    describe_pretrained,
+    plan_from_pretrained,
+    plan_from_scratch,
+)
 
 log = logging.getLogger("encdec.train")
 SECONDS_BETWEEN_LOOKS = 0.05
@@ -119,30 +126,61 @@ def _wait_for(folder: Path) -> None:
         time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
-def build_model(config: FullConfig, tokenizer: Qwen3EncoderDecoderTokenizer, *, fill: bool = True) -> Qwen3ForSeq2SeqLM:
-    """The unsharded model on the host, fp32; the same on every rank.
+def plan_model(config: FullConfig, tokenizer: Qwen3EncoderDecoderTokenizer) -> UnfilledModel:
+    """The model that the configuration describes, its parameters on the meta device, and the stream of the values that
+    they start from; both the same on every rank.
 
-    Args:
-        fill: with the weights that the configuration names; False where others follow.
+    Raises:
+        ConfigError: the model and the tokenizer do not fit each other, or the weights do not fit this node's memory.
+        MissingPrerequisite: its files are not there.
     """
     settings = config.model
     if settings.from_scratch is None:
-        model = build_from_pretrained(
-            settings.model_name_or_path, settings.num_sentinel_tokens, tokenizer=tokenizer, fill=fill
-        )
+        plan = plan_from_pretrained(settings.model_name_or_path, settings.num_sentinel_tokens, tokenizer=tokenizer)
     else:
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        require_memory(settings.from_scratch, len(tokenizer), ranks_here, psutil.virtual_memory().total)
-        shape = Qwen3EncoderDecoderConfig(
-            vocab_size=len(tokenizer),
-            num_sentinel_tokens=settings.num_sentinel_tokens,
-            sentinel_start_id=tokenizer.sentinel_ids[0],
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            decoder_start_token_id=tokenizer.decoder_start_token_id,
-            **settings.from_scratch.model_dump(),
-        )
-        model = build_from_scratch(shape, config.training.seed) if fill else allocate(shape, torch.float32)
+        plan = plan_from_scratch(_described(config, tokenizer), config.training.seed)
+    return UnfilledModel(_checked(plan.model, config, tokenizer), plan.weights)
+
+
+def empty_model(config: FullConfig, tokenizer: Qwen3EncoderDecoderTokenizer) -> Qwen3ForSeq2SeqLM:
+    """As ``plan_model``, but the model alone: its weights come from elsewhere, and the configured ones are not read."""
+    settings = config.model
+    if settings.from_scratch is None:
+        model = describe_pretrained(settings.model_name_or_path, settings.num_sentinel_tokens, tokenizer=tokenizer)
+    else:
+        model = allocate(_described(config, tokenizer), torch.float32, meta=True)
+    return _checked(model, config, tokenizer)
+
+
+def build_model(config: FullConfig, tokenizer: Qwen3EncoderDecoderTokenizer) -> Qwen3ForSeq2SeqLM:
+    """The whole model on the host, fp32, with the weights that the configuration names; the same on every rank."""
+    return plan_model(config, tokenizer).filled()
+
+
+def _described(config: FullConfig, tokenizer: Qwen3EncoderDecoderTokenizer) -> Qwen3EncoderDecoderConfig:
+    """The model of model.from_scratch."""
+    settings = config.model
+    assert settings.from_scratch is not None
+    place = os.environ
+    require_memory(
+        settings.from_scratch, len(tokenizer), ranks=int(place.get("LOCAL_WORLD_SIZE", 1)),
+        world_size=int(place.get("WORLD_SIZE", 1)), on_host=config.infra.device == "cpu",
+        memory=psutil.virtual_memory().total,
+    )  # fmt: skip
+    return Qwen3EncoderDecoderConfig(
+        vocab_size=len(tokenizer),
+        num_sentinel_tokens=settings.num_sentinel_tokens,
+        sentinel_start_id=tokenizer.sentinel_ids[0],
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.decoder_start_token_id,
+        **settings.from_scratch.model_dump(),
+    )
+
+
+def _checked(
+    model: Qwen3ForSeq2SeqLM, config: FullConfig, tokenizer: Qwen3EncoderDecoderTokenizer
+) -> Qwen3ForSeq2SeqLM:
     tokenizer.assert_matches(model.config)
     return _as_configured(model, config)
 
@@ -161,6 +199,17 @@ def empty_twin(model: Qwen3ForSeq2SeqLM, config: FullConfig) -> Qwen3ForSeq2SeqL
         return _as_configured(type(model)(model.config), config)
 
 
+def whole_copy(model: Qwen3ForSeq2SeqLM, config: FullConfig, read: Callable[[], Stream] | None) -> Qwen3ForSeq2SeqLM:
+    """The model itself where it is whole already; else one like it on the host, fp32, with the values that ``read``
+    gives."""
+    if not is_empty(model) or read is None:
+        return model
+    copy = _as_configured(allocate(model.config, torch.float32, meta=True), config)
+    give_memory(copy, torch.device("cpu"))
+    fill(copy, read())
+    return copy
+
+
 def build_trainer(
     run: RunConfig,
     paths: RunPaths,
@@ -170,6 +219,7 @@ def build_trainer(
     tokenizer: Qwen3EncoderDecoderTokenizer,
     packed: Path,
     model: Qwen3ForSeq2SeqLM,
+    read: Callable[[], Stream] | None = None,
     device: torch.device,
     requests: Requests,
     gates: LoopGates | None = None,
@@ -177,6 +227,8 @@ def build_trainer(
     """Shard, prove the sharding, and put the trainer together; collective.
 
     Args:
+        model: whole on the host, or with its parameters on the meta device.
+        read: opens the stream of the latter's values; None where a checkpoint brings them.
         gates: judged while training goes on; None: those of the phase, QUICK where there is none.
     """
     judged = gates or (run.phase.gates_in_loop if run.phase else LoopGates())
@@ -188,10 +240,12 @@ def build_trainer(
     )
     if config.training.per_device_train_batch_size == "auto":
         config.training.per_device_train_batch_size = micro
-    model.to(device)
+    if not is_empty(model):
+        model.to(device)
     engine = start_engine(
-        model, config, device=device, dtype=dtype, micro_batch_size=micro, accumulation_steps=accumulation
-    )
+        model, config, device=device, dtype=dtype, micro_batch_size=micro, accumulation_steps=accumulation,
+        stream=read() if read and is_empty(model) else None,
+    )  # fmt: skip
     log.info("%s, computing in %s", engine.prove_sharding(world), dtype)
     dataset = UL2Dataset(open_packed(packed, "train"))
     collator = make_collator(config, tokenizer, run.data_seed)

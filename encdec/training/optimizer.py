@@ -28,8 +28,8 @@ def make_optimizer(model: nn.Module, config: FullConfig) -> Optimizer:
     taken = {id(parameter) for parameter in own}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
     groups = [
-        {"params": [p for p in others if p.ndim >= 2], "weight_decay": training.weight_decay},
-        {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in others if dimensions(p) >= 2], "weight_decay": training.weight_decay},
+        {"params": [p for p in others if dimensions(p) < 2], "weight_decay": 0.0},
     ]
     adamw = _adamw([group for group in groups if group["params"]], training)
     if not own:
@@ -38,10 +38,15 @@ def make_optimizer(model: nn.Module, config: FullConfig) -> Optimizer:
     return MuonWithAdamW(muon, adamw)
 
 
+def dimensions(parameter: nn.Parameter) -> int:
+    """Of the whole parameter, also where DeepSpeed has left nothing of it but its partition."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def _layer_matrices(model: nn.Module) -> list[nn.Parameter]:
     """What Muon steps: parameters with two dimensions inside the transformer layers."""
     layers = model.transformer_layers()  # type: ignore[operator]
-    return [p for layer in layers for p in layer.parameters() if p.requires_grad and p.ndim == 2]
+    return [p for layer in layers for p in layer.parameters() if p.requires_grad and dimensions(p) == 2]
 
 
 def _adamw(groups: list[dict[str, Any]], training: TrainingConfig) -> AdamW:
