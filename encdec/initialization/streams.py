@@ -6,6 +6,8 @@ as long as the reader keeps it: so a rank that asks for its own rows never holds
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 from collections.abc import Callable, Iterator
 from typing import Protocol
@@ -132,6 +134,12 @@ def own_part(parameter: DTensor) -> Piece:
     """The box of a sharded parameter that this rank holds."""
     (part,) = parameter.__create_chunk_list__()  # type: ignore[attr-defined]
     return Piece(tuple(part.offsets), tuple(part.sizes))
+
+
+def trim_heap() -> None:
+    """Give the host back the memory that glibc keeps for later; nothing with another C library."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def is_empty(model: nn.Module) -> bool:

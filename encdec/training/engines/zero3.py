@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from encdec import distributed
 from encdec.checkpoints.stored import persistent_buffers
 from encdec.errors import ShardingError
-from encdec.initialization.streams import Stream, is_empty, move_buffers
+from encdec.initialization.streams import Stream, is_empty, move_buffers, trim_heap
 from encdec.training.config import FullConfig
 from encdec.training.deepspeed_config import engine_config
 from encdec.training.optimizer import make_optimizer
@@ -152,11 +152,12 @@ def _fill_partitions(model: nn.Module, stream: Stream | None, settings: dict[str
         module, own_name = owners.pop(name)
         described = module._parameters[own_name]
         assert described is not None
-        values = read(None) if distributed.rank() == 0 else torch.empty(described.shape)
-        values = values.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        first = distributed.rank() == 0
+        values = read(None).to(dtype).contiguous() if first else torch.empty(described.shape, dtype=dtype)
         module._parameters[own_name] = nn.Parameter(values, requires_grad=described.requires_grad)
         del values
         partition._convert_to_zero_parameters([module._parameters[own_name]])
+        trim_heap()  # each partition would end a hole in which the next whole parameter has no room
     unfilled = [name for name, (module, own_name) in owners.items() if module._parameters[own_name] is not None]
     if unfilled:
         raise ValueError(f"no values for {', '.join(unfilled[:3])}, {len(unfilled)} in all")
