@@ -9,20 +9,27 @@ more than its shards and one parameter. Both give the same values.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import copy
+import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import Qwen3Config
 from transformers.initialization import no_init_weights
 
+from encdec.checkpoints.commands.shared import progress_bar, writing
+from encdec.checkpoints.export import DTYPES
+from encdec.command_line import Help, Parser, exit_code_of
 from encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 from encdec.errors import ConfigError
+from encdec.initialization.folder import require_place, require_room_for, write_model
 from encdec.initialization.qwen3 import Qwen3Weights, require_tokenizers_rows, target_names
 from encdec.initialization.saved import SavedWeights
 from encdec.initialization.source import CONFIG_ALONE, FILES, SourceFiles, checkpoint_directory, model_type_of
@@ -197,11 +204,14 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = original  # type: ignore[method-assign]
 
 
-def _token_ids(tokenizer: Qwen3EncoderDecoderTokenizer | None) -> dict[str, int]:
+def _token_ids(tokenizer: Qwen3EncoderDecoderTokenizer | None) -> dict[str, Any]:
     if tokenizer is None:
         return {}
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "eos_token_id", "decoder_start_token_id")}
-    return ids | {"sentinel_start_id": min(tokenizer.sentinel_ids, default=len(tokenizer))}
+    return ids | {
+        "sentinel_start_id": min(tokenizer.sentinel_ids, default=len(tokenizer)),
+        "mode_token_ids": tokenizer.mode_token_ids or None,
+    }
 
 
 def _read_qwen3_config(directory: Path) -> Qwen3Config:
@@ -215,7 +225,82 @@ def _read_qwen3_config(directory: Path) -> Qwen3Config:
     return Qwen3Config.from_pretrained(directory)
 
 
-if __name__ == "__main__":
-    from encdec.initialization.command import main
+def main(argv: list[str] | None = None) -> int:
+    """Returns 0 when the model is written; 78 where nothing was, with the reason; 130 after Ctrl-C."""
+    return exit_code_of(lambda: _write_and_show(parse(argv)))
 
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        prog="python -m encdec.weight_initialization",
+        description="Write the encoder-decoder that starts from a pretrained decoder-only Qwen3, with its tokenizer "
+        "and a report on every tensor (initialization.json). Memory: one file of the result and one tensor of the "
+        "source.",
+        formatter_class=Help,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--from", dest="source", required=True, metavar="DIR_OR_ID", help="Qwen3 checkpoint: directory or hub id"
+    )
+    parser.add_argument("--to", dest="out", type=Path, required=True, metavar="DIR", help="directory to make")
+    parser.add_argument("--tokenizer", metavar="DIR_OR_ID", help="tokenizer of the source, where it is not beside it")
+    parser.add_argument("--num-sentinel-tokens", type=int, default=100, help="sentinels for span corruption")
+    parser.add_argument("--mode-tokens", action="store_true", help="add UL2's [R], [S] and [X]")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights")
+    parser.add_argument(
+        "--max-shard-size", type=_size, default="1GB", metavar="SIZE",
+        help="most of one safetensors file, also what is held in memory: bytes, or with KB, MB, GB (powers of 1000)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--force", action="store_true", help="replace a model that is at --to, once the new one is whole"
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON document")
+    return parser.parse_args(argv)
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"(\d+)\s*([KMG]?)B?", text.strip(), re.IGNORECASE)
+    size = int(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[match[2].upper()] if match else 0
+    if not size:
+        raise argparse.ArgumentTypeError(f"must be a size such as 500MB or 1GB, not {text!r}")
+    return size
+
+
+def _write_and_show(arguments: argparse.Namespace) -> int:
+    """Everything that can be wrong is looked at before anything is written."""
+    dtype, out = DTYPES[arguments.dtype], arguments.out
+    require_place(out, replace=arguments.force)
+    if arguments.num_sentinel_tokens < 1:
+        raise ConfigError(
+            "--num-sentinel-tokens must be 1 or more", found=arguments.num_sentinel_tokens, remedy="100 is the default"
+        )
+    directory = checkpoint_directory(arguments.source, FILES)
+    qwen3 = _read_qwen3_config(directory)
+    tokenizer = Qwen3EncoderDecoderTokenizer.from_pretrained(
+        arguments.tokenizer or str(directory),
+        num_sentinel_tokens=arguments.num_sentinel_tokens, mode_tokens=arguments.mode_tokens,
+    )  # fmt: skip
+    model = describe_pretrained(directory, arguments.num_sentinel_tokens, tokenizer=tokenizer, dtype=dtype)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    weights = Qwen3Weights(SourceFiles(directory), model.config, shapes)
+    require_room_for(out, weights, dtype)
+
+    def save_beside(folder: Path) -> None:
+        config = copy.deepcopy(model.config)
+        config.architectures = [type(model).__name__]
+        config.save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    total = sum(shape.numel() for shape in shapes.values()) * dtype.itemsize
+    with progress_bar("writing", total) as progress, writing(out):
+        report = write_model(
+            out, weights, model.config, save_beside, source=arguments.source, source_tied=qwen3.tie_word_embeddings,
+            dtype=dtype, shard_bytes=arguments.max_shard_size, replace=arguments.force, progress=progress,
+        )  # fmt: skip
+    print(json.dumps({"directory": str(out), **report.to_json()}) if arguments.json else "\n".join(report.lines()))
+    return 0
+
+
+if __name__ == "__main__":
     sys.exit(main())

@@ -76,8 +76,8 @@ def export(
                 if path.is_file() and not WEIGHTS.search(path.name):
                     shutil.copyfile(path, staging / path.name)
             _set_dtype(staging / CONFIG, DTYPES[dtype])
-            written = _write_shards(staging, weights, DTYPES[dtype], shard_mb * 10**6, progress)
-            _open_as_umask_says(staging)
+            written = write_shards(staging, weights, DTYPES[dtype], shard_mb * 10**6, progress)
+            open_as_umask_says(staging)
     except FileExistsError:
         require_absent(out)
         raise
@@ -130,7 +130,7 @@ def _set_dtype(config: Path, dtype: torch.dtype) -> None:
     atomic_write_json(config, values | {"dtype": str(dtype).removeprefix("torch.")})
 
 
-def _open_as_umask_says(folder: Path) -> None:
+def open_as_umask_says(folder: Path) -> None:
     """A model to hand on, unlike a checkpoint: the permissions of any file that its user makes."""
     mask = os.umask(0)
     os.umask(mask)
@@ -139,9 +139,17 @@ def _open_as_umask_says(folder: Path) -> None:
         path.chmod(0o666 & ~mask)
 
 
-def _write_shards(
+def write_shards(
     folder: Path, weights: Weights, dtype: torch.dtype, shard_bytes: int, progress: Progress
 ) -> list[Path]:
+    """Write the safetensors files of a model, and their index where there are several; the files.
+
+    Args:
+        weights: each tensor is read once, in the order of ``tensors``.
+        dtype: of what is written of floating-point tensors.
+        shard_bytes: most of one file; also what is held in memory.
+        progress: told the bytes of each tensor.
+    """
     target = {name: meta.to(_stored_dtype(meta, dtype)) for name, meta in weights.tensors.items()}
     plan = split_torch_state_dict_into_shards(target, max_shard_size=shard_bytes)
     written = []

@@ -171,6 +171,7 @@ def _described(config: FullConfig, tokenizer: Qwen3EncoderDecoderTokenizer) -> Q
         vocab_size=len(tokenizer),
         num_sentinel_tokens=settings.num_sentinel_tokens,
         sentinel_start_id=tokenizer.sentinel_ids[0],
+        mode_token_ids=tokenizer.mode_token_ids or None,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         decoder_start_token_id=tokenizer.decoder_start_token_id,
