@@ -61,15 +61,7 @@ def export(
         OSError: it cannot be written.
     """
     require_absent(out)
-    files = files_from or find_model_files(checkpoint)
-    if files is None or not (files / CONFIG).is_file():
-        raise CheckpointError(
-            "An export needs the model's config.json and tokenizer, which a run keeps in RUN/model",
-            found=f"no {CONFIG} in {files}" if files else f"none for {checkpoint}",
-            remedy="Give a folder that has them with --files-from DIR",
-        )
-    weights = open_weights(checkpoint, manifest)
-    _require_same_model(weights.tensors, files)
+    files, weights = open_model(checkpoint, manifest, files_from)
     try:
         with staged_directory(out) as staging:
             for path in files.iterdir():
@@ -82,6 +74,24 @@ def export(
         require_absent(out)
         raise
     return [out / path.name for path in written]
+
+
+def open_model(checkpoint: Path, manifest: Manifest, files_from: Path | None = None) -> tuple[Path, Weights]:
+    """The folder of a checkpoint's model files, and its weights, which fit each other.
+
+    Raises:
+        CheckpointError: there are no model files, or they are of another model.
+    """
+    files = files_from or find_model_files(checkpoint)
+    if files is None or not (files / CONFIG).is_file():
+        raise CheckpointError(
+            "An export needs the model's config.json and tokenizer, which a run keeps in RUN/model",
+            found=f"no {CONFIG} in {files}" if files else f"none for {checkpoint}",
+            remedy="Give a folder that has them with --files-from DIR",
+        )
+    weights = open_weights(checkpoint, manifest)
+    _require_same_model(weights.tensors, files)
+    return files, weights
 
 
 def require_absent(out: Path) -> None:
@@ -136,7 +146,8 @@ def open_as_umask_says(folder: Path) -> None:
     os.umask(mask)
     folder.chmod(0o777 & ~mask)
     for path in folder.iterdir():
-        path.chmod(0o666 & ~mask)
+        if path.is_file():
+            path.chmod(0o666 & ~mask)
 
 
 def write_shards(
@@ -171,7 +182,7 @@ def _stored_dtype(meta: Tensor, dtype: torch.dtype) -> torch.dtype:
     return dtype if meta.dtype.is_floating_point else meta.dtype
 
 
-def bytes_to_write(checkpoint: Path, manifest: Manifest, dtype: Literal["fp32", "bf16"]) -> int:
-    """What ``export`` will write of weights, bytes."""
-    tensors = open_weights(checkpoint, manifest).tensors.values()
+def bytes_to_write(weights: Weights, dtype: Literal["fp32", "bf16"]) -> int:
+    """What an export of these weights will write of them, bytes."""
+    tensors = weights.tensors.values()
     return sum(meta.numel() * _stored_dtype(meta, DTYPES[dtype]).itemsize for meta in tensors)

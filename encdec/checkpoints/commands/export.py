@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 from encdec.checkpoints import CheckpointManager, folders
@@ -16,18 +18,28 @@ from encdec.checkpoints.commands.shared import (
     size_of,
     writing,
 )
+from encdec.checkpoints.encoder import EncoderWeights, export_encoder
 from encdec.checkpoints.export import bytes_to_write, export, require_absent
 from encdec.checkpoints.manifest import Manifest, verify
+from encdec.checkpoints.payload import open_weights
 from encdec.checkpoints.pruning import best_of
+from encdec.checkpoints.weights import Weights
 from encdec.errors import CheckpointError, ConfigError
 
 
 def show(arguments: argparse.Namespace) -> int:
+    if arguments.pooling and not arguments.encoder:
+        raise ConfigError("--pooling goes with --encoder", found="--pooling alone", remedy="Add --encoder")
     require_absent(arguments.out)
     folder, manifest = find(arguments.path, arguments.best)
-    total = bytes_to_write(folder, manifest, arguments.dtype)
+    weights: Weights = open_weights(folder, manifest)
+    write: Callable[..., list[Path]] = export
+    if arguments.encoder:
+        weights = EncoderWeights(weights)
+        write = functools.partial(export_encoder, pooling=arguments.pooling or "mean")
+    total = bytes_to_write(weights, arguments.dtype)
     with progress_bar("exporting", total) as progress, writing(arguments.out):
-        files = export(
+        files = write(
             folder, manifest, arguments.out, dtype=arguments.dtype, shard_mb=arguments.shard_mb,
             files_from=arguments.files_from, progress=progress,
         )  # fmt: skip
@@ -38,7 +50,8 @@ def show(arguments: argparse.Namespace) -> int:
              "dtype": arguments.dtype, "bytes": total}
         )  # fmt: skip
     else:
-        print(f"{arguments.out}: {folder.name} in {arguments.dtype}, {megabytes(total)}, {len(files)} weight file(s)")
+        what = f"encoder of {folder.name}" if arguments.encoder else folder.name
+        print(f"{arguments.out}: {what} in {arguments.dtype}, {megabytes(total)}, {len(files)} weight file(s)")
     return 0
 
 
