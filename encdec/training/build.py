@@ -63,13 +63,7 @@ def prepare_text(run: RunConfig) -> tuple[Qwen3EncoderDecoderTokenizer, Path]:
     """
     config, data = run.config, run.config.data
     os.environ["RAYON_NUM_THREADS"] = str(data.preprocessing_num_workers)  # read when the first batch is tokenized
-    corpus = open_corpus(
-        data.dataset_name,
-        text_column=data.text_column,
-        dataset_config=data.dataset_config,
-        streaming=data.streaming,
-        max_examples=data.max_examples,
-    )
+    corpus = corpus_of(config)
     first = int(os.environ.get("RANK", 0)) == 0
     tokenizer = _tokenizer(config, corpus, first)
     folder = Path(data.packed_dir) / f"packed-{_key(corpus, tokenizer, run)}"
@@ -89,6 +83,23 @@ def prepare_text(run: RunConfig) -> tuple[Qwen3EncoderDecoderTokenizer, Path]:
     else:
         _wait_for(folder)
     return tokenizer, folder
+
+
+def corpus_of(config: FullConfig) -> Corpus:
+    """The text that the configuration names; nothing of it is read yet."""
+    data = config.data
+    return open_corpus(
+        data.dataset_name,
+        text_column=data.text_column,
+        dataset_config=data.dataset_config,
+        streaming=data.streaming,
+        max_examples=data.max_examples,
+    )
+
+
+def load_tokenizer_of(config: FullConfig) -> Qwen3EncoderDecoderTokenizer:
+    """The tokenizer that the configuration names, in one process; one that is to be trained is, where none is there."""
+    return _tokenizer(config, corpus_of(config), first=True)
 
 
 def _tokenizer(config: FullConfig, corpus: Corpus, first: bool) -> Qwen3EncoderDecoderTokenizer:

@@ -19,7 +19,7 @@ from encdec.checkpoints.weights import digest_weights
 from encdec.errors import CheckpointError, TrainingDiverged
 from encdec.files import RunPaths, atomic_write_json
 from encdec.gates import LOSS_DECREASING, GateReport, Measurement, ValidationGate, judge
-from encdec.sanity_check import check_model
+from encdec.model_checks import check_model
 from encdec.training.execution import PhaseConfig
 from encdec.training.final_average import average_last
 from encdec.training.promotion import GateFile, read_origin
