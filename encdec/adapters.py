@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from encdec.errors import ConfigError
+from encdec.initialization.streams import InitialWeights, Stream, box, is_empty
 from encdec.training.model_options import LoraConfig
 from encdec.training.rules import require_peft
 
@@ -15,7 +18,7 @@ ADAPTER = "default"
 """peft's name of the one adapter that a model has here."""
 
 
-def add_adapters(model: Any, lora: LoraConfig, seed: int, base: str | None = None) -> None:
+def add_adapters(model: Any, lora: LoraConfig, seed: int, base: str | None = None) -> dict[str, Tensor]:
     """Put adapters into ``model``, in place, and freeze all else but ``modules_to_save``.
 
     At first they change nothing: B is zero. A matrix ``W`` is then ``W.base_layer``, beside it ``lora_A`` and
@@ -24,6 +27,9 @@ def add_adapters(model: Any, lora: LoraConfig, seed: int, base: str | None = Non
     Args:
         model: on the host or the meta device, not sharded; its class and what it computes stay.
         base: where the model's own weights come from, for the adapter's configuration.
+
+    Returns:
+        Name -> what each adapter's parameter begins with. Those of a model on the meta device are there, too.
 
     Raises:
         MissingPrerequisite: peft is not installed.
@@ -46,6 +52,7 @@ def add_adapters(model: Any, lora: LoraConfig, seed: int, base: str | None = Non
         task_type=peft.TaskType.SEQ_2_SEQ_LM, base_model_name_or_path=base,
     )  # fmt: skip
     _require_targets(model, lora)
+    empty = is_empty(model)
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
         peft.inject_adapter_in_model(config, model, ADAPTER)
@@ -54,6 +61,33 @@ def add_adapters(model: Any, lora: LoraConfig, seed: int, base: str | None = Non
     for name, module in model.named_modules():
         if name.endswith(tuple(lora.modules_to_save)):
             module.requires_grad_(True)
+    values = {name: parameter.detach() for name, parameter in model.named_parameters() if ".lora_" in name}
+    if empty:
+        for name, value in values.items():
+            place, _, own_name = name.rpartition(".")
+            model.get_submodule(place)._parameters[own_name] = nn.Parameter(value.to("meta"))
+    return values
+
+
+class AdaptedWeights:
+    """What a model with adapters begins with: its own weights, and those of the adapters.
+
+    Args:
+        own: of the model without adapters.
+        names: of the parameters of the model with them.
+        adapters: name -> value.
+    """
+
+    def __init__(self, own: InitialWeights, names: Iterable[str], adapters: Mapping[str, Tensor]) -> None:
+        self._own, self._names, self._adapters = own, frozenset(names), adapters
+
+    def stream(self) -> Stream:
+        for name, read in self._own.stream():
+            place, _, own_name = name.rpartition(".")
+            wrapped = f"{place}.base_layer.{own_name}"
+            yield wrapped if wrapped in self._names else name, read
+        for name, value in self._adapters.items():
+            yield name, functools.partial(box, value)
 
 
 def _require_targets(model: nn.Module, lora: LoraConfig) -> None:

@@ -37,6 +37,7 @@ class Qwen3EncoderDecoderConfig(Qwen3Config):
         num_encoder_layers: encoder layers; None means as many as the decoder has.
         num_sentinel_tokens: sentinels (`<extra_id_0>`, `<extra_id_1>`, ...), for span corruption.
         sentinel_start_id: id of `<extra_id_0>`; the others follow, contiguous and ascending.
+        mode_token_ids: ids of UL2's [R], [S] and [X]; None without mode tokens.
         pad_token_id: id of the padding token; never the end-of-sequence id.
         eos_token_id: id of the one end-of-sequence token.
         decoder_start_token_id: id that opens every decoder input; T5's convention is the padding token.
@@ -75,6 +76,7 @@ class Qwen3EncoderDecoderConfig(Qwen3Config):
     norm_topk_prob: bool | None = None
     router_aux_loss_coef: float = 0.001
     moe_intermediate_size: int | None = None
+    mode_token_ids: list[int] | None = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -133,6 +135,7 @@ class Qwen3EncoderDecoderConfig(Qwen3Config):
                 raise ConfigError(f"the source must name one {name}", found=ids[name], remedy=f"Pass {name}=<id>")
         ids.setdefault("decoder_start_token_id", ids["pad_token_id"])
         rows_needed = ids["sentinel_start_id"] + num_sentinel_tokens
+        rows_needed = max([rows_needed, *(one + 1 for one in overrides.get("mode_token_ids") or ())])
         vocab_size = max(qwen3_config.vocab_size, rows_needed)
         if vocab_size > qwen3_config.vocab_size:
             vocab_size = -(-vocab_size // VOCAB_SIZE_MULTIPLE) * VOCAB_SIZE_MULTIPLE
@@ -213,6 +216,14 @@ class Qwen3EncoderDecoderConfig(Qwen3Config):
                 f"{name}={value}, vocab_size={self.vocab_size}, sentinels {first} to {end - 1}",
                 f"Set {name} to the tokenizer's id",
             )
+        modes = self.mode_token_ids
+        _require(
+            modes is None
+            or (len(set(modes)) == 3 == len(modes) and all(end <= one < self.vocab_size for one in modes)),
+            "mode_token_ids must be three ids behind the sentinels and below vocab_size, or None",
+            f"{modes}, vocab_size={self.vocab_size}, sentinels {first} to {end - 1}",
+            "Set mode_token_ids to the tokenizer's",
+        )
         _require(
             self.pad_token_id != self.eos_token_id,
             "pad_token_id and eos_token_id must differ, or the end of a sequence is masked as padding",

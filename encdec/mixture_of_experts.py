@@ -176,31 +176,3 @@ class Seq2SeqMoeLMOutput(Seq2SeqLMOutput):
     """Cross-entropy alone, scalar; None without labels."""
     aux_loss: Tensor | None = None
     """Load-balancing loss, scalar, divided as the cross-entropy is; None without labels or without experts."""
-
-
-# ---- from a dense model
-
-
-@torch.no_grad()
-def fill_from_dense(moe: nn.Module, dense: nn.Module, router_std: float) -> None:
-    """Give every expert the feed-forward of the dense model, and draw the routers small: what the model computes stays.
-
-    "Sparse upcycling", Komatsuzaki et al. 2023 (arXiv:2212.05055). All experts begin alike, and their weights for a
-    token add up to 1 (`norm_topk_prob`); the routers' noise is what tells them apart.
-
-    Args:
-        moe, dense: of one shape but for the experts; both on the host.
-        router_std: standard deviation of the routers' weights, from torch's global generator.
-    """
-    target, source = moe.state_dict(), dense.state_dict()
-    for name, tensor in target.items():
-        block, _, kind = name.rpartition(".mlp.")
-        if kind == "gate.weight":
-            tensor.normal_(0.0, router_std)
-        elif kind == "experts.gate_up_proj":
-            gate_up = [source[f"{block}.mlp.{part}.weight"] for part in ("gate_proj", "up_proj")]
-            tensor.copy_(torch.cat(gate_up).expand_as(tensor))
-        elif kind == "experts.down_proj":
-            tensor.copy_(source[f"{block}.mlp.down_proj.weight"].expand_as(tensor))
-        else:
-            tensor.copy_(source[name])

@@ -1,170 +1,35 @@
 """Does a model do all that training and generation will ask of it? Ten checks, a verdict each.
 
-python -m encdec.sanity_check --model-path DIR [--device cpu]
+python -m encdec.sanity_check --model-path DIR_OR_ID_OR_RUN [--device cpu] [--dtype fp32] [--report FILE]
+python -m encdec.sanity_check --config configs/tiny.yaml          the model that a run would begin with
 """
 
 from __future__ import annotations
 
 import argparse
-import math
+import json
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from safetensors import SafetensorError
+from torch import nn
 
-from encdec.command_line import Parser, exit_code_of
-from encdec.errors import EncdecError, MissingPrerequisite
+from encdec.command_line import Help, Parser, exit_code_of
+from encdec.errors import ConfigError, EncdecError, MissingPrerequisite
+from encdec.files import RunPaths, atomic_write_json
+from encdec.model_checks import CHECKS, LOADING, Check, SanityReport, check_model
+from encdec.modeling_qwen3_encdec import Qwen3ForSeq2SeqLM
+from encdec.pipeline.scale_run import load_trained
+from encdec.tokenization_qwen3_encdec import Qwen3EncoderDecoderTokenizer
+from encdec.training.build import build_model, load_tokenizer_of
+from encdec.training.config import FullConfig
+from encdec.training.run_config import read_run_config, resolve_run
 
-SAMPLE_TEXT = "def greet(name):\n    return 'Hello, ' + name\n\nprint(greet('world'))\n"
-MAX_LOSS = 100.0
-MAX_GRAD_NORM = 1000.0
-GENERATED_TOKENS = 8
-
-
-@dataclass(frozen=True)
-class Check:
-    """One verdict."""
-
-    name: str
-    passed: bool
-    message: str
-
-
-@dataclass
-class SanityReport:
-    """All verdicts of one model."""
-
-    checks: list[Check] = field(default_factory=list)
-
-    @property
-    def passed(self) -> bool:
-        return all(check.passed for check in self.checks)
-
-    def add(self, name: str, passed: bool, message: str) -> bool:
-        self.checks.append(Check(name, bool(passed), message))
-        return bool(passed)
-
-    def lines(self) -> list[str]:
-        return [f"{'pass' if c.passed else 'FAIL'}  {c.name:<20} {c.message}" for c in self.checks]
-
-    def to_json(self) -> dict[str, Any]:
-        return {"passed": self.passed, "checks": [asdict(check) for check in self.checks]}
-
-
-def check_model(model: nn.Module, tokenizer: Any, report: SanityReport | None = None) -> SanityReport:
-    """Run the checks on an unsharded model; its weights and gradients are left as they were found (gradients: none).
-
-    Args:
-        model: a ``Qwen3ForSeq2SeqLM``.
-        tokenizer: the ``Qwen3EncoderDecoderTokenizer`` that belongs to it.
-        report: verdicts so far.
-    """
-    report = report or SanityReport()
-    device = next(model.parameters()).device
-    inputs, labels = _one_example(tokenizer, device)
-    was_training = model.training
-    model.train()
-    loss = _guarded(report, "forward", lambda: model(input_ids=inputs, labels=labels).loss)
-    if loss is not None:
-        report.add("forward", True, f"encoder input {list(inputs.shape)}, target {list(labels.shape)}")
-        report.add(
-            "loss_in_range", 0 < loss.item() < MAX_LOSS, f"loss {loss.item():.4f}, must lie in (0, {MAX_LOSS:g})"
-        )
-        _check_gradients(model, loss, report)
-    _check_tied(model, report)
-    model.eval()
-    _check_generation(model, tokenizer, inputs, report)
-    model.zero_grad(set_to_none=True)
-    model.train(was_training)
-    return report
-
-
-def _one_example(tokenizer: Any, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(encoder input [1, S_e], target [1, S_d]): one span of the sample text cut out."""
-    tokens = tokenizer.encode_documents([SAMPLE_TEXT])[0]
-    first, last = len(tokens) // 3, 2 * len(tokens) // 3
-    sentinel, end = tokenizer.sentinel_ids[0], tokenizer.eos_token_id
-    inputs = [*tokens[:first], sentinel, *tokens[last:], end]
-    targets = [sentinel, *tokens[first:last], end]
-    return torch.tensor([inputs], device=device), torch.tensor([targets], device=device)
-
-
-def _guarded(report: SanityReport, name: str, work: Callable[[], Any]) -> Any:
-    """``work()``, or None with a failed check that shows the error."""
-    try:
-        return work()
-    except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
-        report.add(name, False, f"{type(error).__name__}: {error}")
-        return None
-
-
-def _check_gradients(model: nn.Module, loss: Tensor, report: SanityReport) -> None:
-    if _guarded(report, "backward", lambda: loss.backward() or True) is None:
-        return
-    report.add("backward", True, "done")
-    for side in ("encoder", "decoder"):
-        # each stack's own layers: the embedding gets gradients from both; an adapter's A has none before B has moved
-        trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad and ".lora_A." not in n]
-        silent = [n for n, p in trained if n.startswith(f"{side}.layers.") and not _has_gradient(p)]
-        report.add(
-            f"{side}_gradients", not silent, f"none in {silent[:3]}" if silent else "every layer parameter has one"
-        )
-    norm = _norm(p.grad for p in model.parameters() if p.grad is not None)
-    report.add("gradient_norm", 0 < norm < MAX_GRAD_NORM, f"{norm:.4f}, must lie in (0, {MAX_GRAD_NORM:g})")
-
-
-def _has_gradient(parameter: nn.Parameter) -> bool:
-    return parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)
-
-
-def _norm(gradients: Iterable[Tensor]) -> float:
-    norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
-    return norm if math.isfinite(norm) else math.inf
-
-
-def _check_tied(model: Any, report: SanityReport) -> None:
-    places = (model.shared, model.encoder.embed_tokens, model.decoder.embed_tokens)
-    storages = {module.weight.untyped_storage().data_ptr() for module in places}
-    report.add("tied_embeddings", len(storages) == 1, f"{len(storages)} storage(s) for shared, encoder and decoder")
-
-
-def _check_generation(model: Any, tokenizer: Any, inputs: Tensor, report: SanityReport) -> None:
-    with torch.no_grad():
-        made = _guarded(
-            report,
-            "generation",
-            lambda: model.generate(input_ids=inputs, max_new_tokens=GENERATED_TOKENS, do_sample=False),
-        )
-    if made is not None:
-        in_vocabulary = bool(((made >= 0) & (made < model.config.vocab_size)).all())
-        report.add(
-            "generation", in_vocabulary and made.shape[1] > 1, f"{made.shape[1] - 1} token(s) generated greedily"
-        )
-
-
-def check_saved_model(path: str, device: str) -> SanityReport:
-    """Load a saved model and its tokenizer, then run the checks."""
-    from encdec.modeling_qwen3_encdec import Qwen3ForSeq2SeqLM
-    from encdec.tokenization_qwen3_encdec import Qwen3EncoderDecoderTokenizer
-
-    report = SanityReport()
-    try:
-        model = Qwen3ForSeq2SeqLM.from_pretrained(path).to(device)
-        report.add("model_loads", True, f"{sum(p.numel() for p in model.parameters()):,} parameters")
-    except (OSError, ValueError, RuntimeError, EncdecError) as error:
-        report.add("model_loads", False, f"{path}: {' '.join(str(error).split())[:300]}")
-        return report
-    try:
-        tokenizer = Qwen3EncoderDecoderTokenizer.from_pretrained(path)
-        tokenizer.assert_matches(model.config)
-        report.add("tokenizer_loads", True, f"{len(tokenizer):,} tokens")
-    except (OSError, ValueError, RuntimeError, EncdecError) as error:
-        report.add("tokenizer_loads", False, f"{path}: {' '.join(str(error).split())[:300]}")
-        return report
-    return check_model(model, tokenizer, report)
+__all__ = ["Check", "SanityReport", "check_model", "main"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SHOWN = 300
+"""Characters of another library's error."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -175,14 +40,128 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="python -m encdec.sanity_check",
-        description="Ten checks of a saved model; exit 1 if one fails.",
+        description="Ten checks of a model; exit 1 if one fails, 78 if the command is not understood.",
+        formatter_class=Help,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--model-path", required=True, help="folder with model and tokenizer as save_pretrained writes them"
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--model-path", metavar="DIR",
+        help="folder with model and tokenizer as save_pretrained writes them, a hub id, or a run directory: its newest "
+        "valid checkpoint",
+    )  # fmt: skip
+    what.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="YAML file: the model that a run of it begins with, also from scratch",
     )
-    parser.add_argument("--device", default="cpu", help="torch device, for example cpu or cuda:0 (default: cpu)")
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="with --config: lay one value over the file",
+    )
+    parser.add_argument("--device", default="cpu", help="torch device, for example cpu or cuda:0")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="of the weights and the computation")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write the verdicts there, as JSON")
+    parser.add_argument("--json", action="store_true", help="print them as one JSON document instead of a table")
+    arguments = parser.parse_args(argv)
+    if arguments.set and not arguments.config:
+        raise ConfigError("--set goes with --config", found="--set alone", remedy="Give --config FILE")
+    return arguments
+
+
+def check_and_show(arguments: argparse.Namespace) -> int:
+    require_device(arguments.device)
+    report = check_named_model(arguments)
+    document = {
+        "model": str(arguments.config or arguments.model_path), "device": arguments.device, "dtype": arguments.dtype,
+        **report.to_json(),
+    }  # fmt: skip
+    if arguments.report:
+        try:
+            atomic_write_json(arguments.report, document)
+        except OSError as error:
+            raise MissingPrerequisite(
+                "--report must name a file that can be written",
+                found=f"{arguments.report} ({error.strerror})", remedy="Give another one",
+            ) from None  # fmt: skip
+    if arguments.json:
+        print(json.dumps(document))
+    else:
+        print("\n".join(report.lines()))
+        print("all checks passed" if report.passed else "sanity check FAILED")
+    return 0 if report.passed else 1
+
+
+def check_named_model(arguments: argparse.Namespace) -> SanityReport:
+    """Load what the command line names, then run the checks; each of the ten has a verdict.
+
+    Raises:
+        ConfigError: --config is no valid configuration.
+    """
+    report, dtype = SanityReport(), DTYPES[arguments.dtype]
+    config = configured(arguments.config, arguments.set) if arguments.config else None
+    try:
+        tokenizer = None
+        model: nn.Module
+        if config:
+            tokenizer = load_tokenizer_of(config)
+            model = build_model(config, tokenizer)
+        elif RunPaths(Path(arguments.model_path)).run_yaml.is_file():
+            model, tokenizer = load_run(RunPaths(Path(arguments.model_path)))
+        else:
+            model = load_saved(arguments.model_path, dtype)
+        model.to(arguments.device)
+        for parameter in model.parameters():  # not the buffers: rotary frequencies stay float32, as in training
+            parameter.data = parameter.data.to(dtype)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        report.add(LOADING[0], True, f"{parameters:,} parameters in {arguments.dtype} on {arguments.device}")
+        if tokenizer is None:
+            tokenizer = Qwen3EncoderDecoderTokenizer.from_pretrained(arguments.model_path)
+        tokenizer.assert_matches(model.config)  # type: ignore[arg-type]
+        report.add(LOADING[1], True, f"{len(tokenizer):,} tokens")
+        check_model(model, tokenizer, report)
+    except (OSError, ValueError, RuntimeError, SafetensorError, EncdecError) as error:
+        name = next(name for name in (*LOADING, *CHECKS) if name not in {check.name for check in report.checks})
+        shown = " ".join(str(error).split())[:SHOWN]
+        report.add(name, False, f"{arguments.config or arguments.model_path}: {shown}")
+    report.complete((*LOADING, *CHECKS))
+    return report
+
+
+def load_saved(name_or_path: str, dtype: torch.dtype) -> Qwen3ForSeq2SeqLM:
+    """The model of a folder or hub id, all of it: transformers would draw what is missing and only warn.
+
+    Raises:
+        ConfigError: parameters are missing, unknown or of another shape.
+    """
+    model, info = Qwen3ForSeq2SeqLM.from_pretrained(name_or_path, dtype=dtype, output_loading_info=True)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if keys := sorted(map(str, info[kind])):
+            raise ConfigError(
+                "a saved model must hold exactly the parameters that its config.json describes",
+                found=f"{len(keys)} {kind.replace('_', ' ')}, {keys[0]} among them",
+                remedy="Save or export the model again",
+            )
+    return model
+
+
+def load_run(paths: RunPaths) -> tuple[nn.Module, Qwen3EncoderDecoderTokenizer]:
+    """The newest valid checkpoint of a run, and the tokenizer that the run keeps."""
+    tokenizer = Qwen3EncoderDecoderTokenizer.from_pretrained(paths.model)
+    return load_trained(paths, read_run_config(paths).config, tokenizer, None).model, tokenizer
+
+
+def configured(config_file: Path, settings: list[str]) -> FullConfig:
+    """What a file and the values laid over it come to.
+
+    Raises:
+        ConfigError: a key or value is wrong.
+    """
+    return resolve_run(None, config_file=config_file, settings=settings, ranks_per_node=1).config
 
 
 def require_device(name: str) -> None:
@@ -199,14 +178,6 @@ def require_device(name: str) -> None:
             found=f"{name!r} ({str(error).splitlines()[0].rstrip('.')})",
             remedy="Use --device cpu",
         ) from None
-
-
-def check_and_show(arguments: argparse.Namespace) -> int:
-    require_device(arguments.device)
-    report = check_saved_model(arguments.model_path, arguments.device)
-    print("\n".join(report.lines()))
-    print("all checks passed" if report.passed else "sanity check FAILED")
-    return 0 if report.passed else 1
 
 
 if __name__ == "__main__":

@@ -20,10 +20,10 @@ from encdec.errors import ConfigError, DataError, MissingPrerequisite
 from encdec.vocabulary import (
     BYTE_ALPHABET_SIZE,
     EOS_TOKEN,
+    MODE_TOKENS,
     PAD_TOKEN,
     reserved_tokens,
     sentinel_token,
-    smallest_vocabulary,
 )
 
 DEFAULT_NUM_SENTINEL_TOKENS = 100
@@ -37,7 +37,12 @@ class Qwen3EncoderDecoderTokenizer(Qwen2Tokenizer):
 
     @classmethod
     def train_from_texts(
-        cls, texts: Iterable[str], vocab_size: int, num_sentinel_tokens: int = DEFAULT_NUM_SENTINEL_TOKENS
+        cls,
+        texts: Iterable[str],
+        vocab_size: int,
+        num_sentinel_tokens: int = DEFAULT_NUM_SENTINEL_TOKENS,
+        *,
+        mode_tokens: bool = False,
     ) -> Qwen3EncoderDecoderTokenizer:
         """Learn a byte-level BPE with Qwen's normalisation and word splitting; the same texts give the same vocabulary.
 
@@ -45,18 +50,19 @@ class Qwen3EncoderDecoderTokenizer(Qwen2Tokenizer):
             texts: documents; read once.
             vocab_size: length of the result in tokens, everything counted: bytes, merges, padding, end, sentinels.
             num_sentinel_tokens: sentinels to add at the end.
+            mode_tokens: add UL2's [R], [S] and [X] behind them.
 
         Raises:
             ConfigError: `vocab_size` leaves no room for the 256 bytes.
             DataError: the texts have fewer distinct merges than `vocab_size` asks for.
         """
-        reserved = reserved_tokens(num_sentinel_tokens)
+        reserved = reserved_tokens(num_sentinel_tokens, mode_tokens=mode_tokens)
         num_learned = vocab_size - len(reserved)
         if num_learned < BYTE_ALPHABET_SIZE:
             raise ConfigError(
                 f"vocab_size must hold {BYTE_ALPHABET_SIZE} bytes and {len(reserved)} special tokens",
                 found=vocab_size,
-                remedy=f"Set vocab_size to {smallest_vocabulary(num_sentinel_tokens)} or more",
+                remedy=f"Set vocab_size to {BYTE_ALPHABET_SIZE + len(reserved)} or more",
             )
         vocab, merges = _learn_bpe(texts, num_learned)
         if len(vocab) != num_learned:
@@ -69,11 +75,17 @@ class Qwen3EncoderDecoderTokenizer(Qwen2Tokenizer):
         vocab |= {token: num_learned + offset for offset, token in enumerate(reserved)}
         tokenizer = cls(vocab=vocab, merges=merges, eos_token=EOS_TOKEN, pad_token=PAD_TOKEN, unk_token=PAD_TOKEN)
         tokenizer._ensure_sentinels(num_sentinel_tokens)
+        tokenizer._ensure_mode_tokens(mode_tokens)
         return tokenizer
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, *args, num_sentinel_tokens: int | None = None, **kwargs
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *args,
+        num_sentinel_tokens: int | None = None,
+        mode_tokens: bool | None = None,
+        **kwargs,
     ) -> Qwen3EncoderDecoderTokenizer:
         """Load from a directory or the hub, and add what an encoder-decoder needs where it is missing.
 
@@ -82,10 +94,13 @@ class Qwen3EncoderDecoderTokenizer(Qwen2Tokenizer):
         Args:
             pretrained_model_name_or_path: a saved tokenizer of this class, or any Qwen2 or Qwen3 checkpoint.
             num_sentinel_tokens: sentinels wanted; None keeps those that are there, or adds 100 if there are none.
+            mode_tokens: whether UL2's [R], [S] and [X] are wanted behind the sentinels; None keeps those that are
+                there. Text for people that holds them literally (`x[R]`) then reads as mode tokens, documents never do.
             *args, **kwargs: transformers' own.
 
         Raises:
-            ConfigError: the tokenizer already has more sentinels than wanted, or lacks `<|im_end|>`.
+            ConfigError: the tokenizer already has more sentinels than wanted, or mode tokens where none are, or lacks
+                `<|im_end|>`.
             MissingPrerequisite: no such directory, no tokenizer in it, or no way to the hub.
         """
         try:
@@ -98,7 +113,15 @@ class Qwen3EncoderDecoderTokenizer(Qwen2Tokenizer):
         if num_sentinel_tokens is None:
             num_sentinel_tokens = len(tokenizer.sentinel_ids) or DEFAULT_NUM_SENTINEL_TOKENS
         tokenizer._ensure_sentinels(num_sentinel_tokens)
+        if mode_tokens is not None:
+            tokenizer._ensure_mode_tokens(mode_tokens)
         return tokenizer
+
+    @property
+    def mode_token_ids(self) -> list[int]:
+        """Ids of [R], [S] and [X]; empty without mode tokens. A new list each time: keep it."""
+        added = self.get_added_vocab()
+        return [added[name] for name in MODE_TOKENS if name in added]
 
     @property
     def sentinel_ids(self) -> list[int]:
@@ -120,6 +143,38 @@ class Qwen3EncoderDecoderTokenizer(Qwen2Tokenizer):
         """
         return [encoding.ids for encoding in self._data_encoder.encode_batch_fast(texts, add_special_tokens=False)]
 
+    def _decode(self, token_ids, *args, **kwargs) -> str:
+        """As transformers' own, which says nothing about ids that it does not know.
+
+        Raises:
+            DataError: there are some.
+        """
+        self._require_known([token_ids] if isinstance(token_ids, int) else token_ids)
+        return super()._decode(token_ids, *args, **kwargs)
+
+    def convert_ids_to_tokens(self, ids, *args, **kwargs):
+        """As transformers' own, which makes None of ids that it does not know.
+
+        Raises:
+            DataError: there are some.
+        """
+        self._require_known([ids] if isinstance(ids, int) else ids)
+        return super().convert_ids_to_tokens(ids, *args, **kwargs)
+
+    def _require_known(self, ids: Iterable[int]) -> None:
+        unknown = sorted(number for number in {int(one) for one in ids} if not self._knows(number))
+        if unknown:
+            shown = ", ".join(map(str, unknown[:3])) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
+            raise DataError(
+                f"every id to decode must be one of the tokenizer's {len(self):,} tokens",
+                found=shown,
+                remedy="Cut ids off at the end token, replace the label -100 by the padding id, and use the tokenizer "
+                "that was saved with the model",
+            )
+
+    def _knows(self, number: int) -> bool:
+        return 0 <= number < 2**32 and self.backend_tokenizer.id_to_token(number) is not None
+
     def fingerprint(self) -> str:
         """SHA-256, 64 hex digits, of what decides the ids: vocabulary, merges, normalisation, special tokens.
 
@@ -134,6 +189,8 @@ class Qwen3EncoderDecoderTokenizer(Qwen2Tokenizer):
             "added_tokens": [[token["id"], token["content"], token["special"]] for token in backend["added_tokens"]],
             "roles": [self.pad_token_id, self.eos_token_id, self.decoder_start_token_id, self.sentinel_ids],
         }
+        if self.mode_token_ids:
+            identity["mode_tokens"] = self.mode_token_ids
         canonical = json.dumps(identity, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -149,6 +206,7 @@ class Qwen3EncoderDecoderTokenizer(Qwen2Tokenizer):
             "eos_token_id": (self.eos_token_id, config.eos_token_id),
             "decoder_start_token_id": (self.decoder_start_token_id, config.decoder_start_token_id),
             "num_sentinel_tokens": (len(sentinel_ids), config.num_sentinel_tokens),
+            "mode_token_ids": (self.mode_token_ids, list(config.mode_token_ids or [])),
         }
         if sentinel_ids and config.num_sentinel_tokens:
             pairs["sentinel_start_id"] = (sentinel_ids[0], config.sentinel_start_id)
@@ -184,6 +242,17 @@ class Qwen3EncoderDecoderTokenizer(Qwen2Tokenizer):
                 remedy="Use a Qwen2 or Qwen3 tokenizer, or pass eos_token=",
             )
         self.eos_token = EOS_TOKEN
+
+    def _ensure_mode_tokens(self, wanted: bool) -> None:
+        present = len(self.mode_token_ids)
+        if wanted and not present:
+            self.add_special_tokens({"extra_special_tokens": list(MODE_TOKENS)}, replace_extra_special_tokens=False)
+        elif present != (len(MODE_TOKENS) if wanted else 0):
+            raise ConfigError(
+                f"a tokenizer must have all of {', '.join(MODE_TOKENS)} or none, as it was made",
+                found=f"{present} of them and mode_tokens={wanted}",
+                remedy="Leave mode_tokens out, or start from a tokenizer without them",
+            )
 
     def _ensure_sentinels(self, count: int) -> None:
         present = len(self.sentinel_ids)

@@ -1,30 +1,51 @@
-"""Experts in place of a model's feed-forwards: what a mixture of experts starts from where there is a dense model."""
+"""Experts in place of a model's feed-forwards: what a mixture of experts starts from where there is a dense model.
+
+"Sparse upcycling", Komatsuzaki et al. 2023 (arXiv:2212.05055): every expert begins as a copy of the dense feed-forward,
+and the router is drawn small. What the model computes stays, for the weights of a token's experts add up to 1
+(`norm_topk_prob`); the routers' noise is what tells the experts apart.
+"""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Mapping, Sequence
 
+import torch
+from blake3 import blake3
+from torch import Tensor
+
+from encdec.checkpoints.weights import Piece, Weights, whole
 from encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 from encdec.errors import ConfigError
-from encdec.mixture_of_experts import fill_from_dense
+from encdec.initialization.streams import StoredStream, box
 from encdec.modeling_qwen3_encdec import Qwen3ForSeq2SeqLM
 from encdec.training.config import ModelConfig
-from encdec.weight_initialization import allocate
+from encdec.weight_initialization import UnfilledModel, allocate
 
 ROUTER_STD = 0.01
 """Of the routers of a model that was dense: half of Qwen3's ``initializer_range``, so that all experts are tried."""
+ROUTER, GATE_AND_UP, DOWN = "gate.weight", "experts.gate_up_proj", "experts.down_proj"
 
 
-def with_experts(dense: Qwen3ForSeq2SeqLM, settings: ModelConfig, seed: int, *, fill: bool) -> Qwen3ForSeq2SeqLM:
-    """``dense`` with ``settings.n_experts`` copies of each feed-forward and new routers (sparse upcycling).
+def plan_experts(plan: UnfilledModel, settings: ModelConfig, seed: int) -> UnfilledModel:
+    """``plan`` with ``settings.n_experts`` copies of each feed-forward and new routers.
 
     Args:
-        dense: on the host; also one that has experts already, as many as asked for, which is returned.
-        fill: False leaves the parameters without values.
+        plan: of a model that can be read in any order: a saved one, or one that starts from Qwen3. Also one that has
+            experts already, as many as asked for, which is returned.
 
     Raises:
         ConfigError: the model has another number of experts.
     """
+    model = experts_model(plan.model, settings)
+    if model is plan.model:
+        return plan
+    assert isinstance(plan.weights, StoredStream)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    return UnfilledModel(model, StoredStream(UpcycledWeights(plan.weights.weights, shapes, seed)))
+
+
+def experts_model(dense: Qwen3ForSeq2SeqLM, settings: ModelConfig) -> Qwen3ForSeq2SeqLM:
+    """The same for the model alone, its parameters on the meta device."""
     there = dense.config.num_experts
     if there is not None:
         if there != settings.n_experts:
@@ -35,13 +56,67 @@ def with_experts(dense: Qwen3ForSeq2SeqLM, settings: ModelConfig, seed: int, *, 
             )
         return dense
     config = Qwen3EncoderDecoderConfig(**(_kept(dense.config) | expert_fields(settings)))
-    model = allocate(config, dense.dtype)
+    model = allocate(config, dense.dtype, meta=True)
     model.generation_config = dense.generation_config
-    if fill:
-        with torch.random.fork_rng(devices=[]):
-            torch.random.default_generator.manual_seed(seed)
-            fill_from_dense(model, dense, ROUTER_STD)
     return model
+
+
+class UpcycledWeights:
+    """The parameters of a mixture of experts, read from a dense model; `encdec.checkpoints.weights.Weights`.
+
+    Args:
+        dense: of a model like it but for the experts.
+        shapes: of the parameters, by name.
+        seed: of the routers.
+    """
+
+    def __init__(self, dense: Weights, shapes: Mapping[str, torch.Size], seed: int) -> None:
+        self._dense, self._seed = dense, seed
+        kinds = {name: torch.float32 if _kind(name) else dense.tensors[name].dtype for name in shapes}
+        self.tensors: Mapping[str, Tensor] = {
+            name: torch.empty(shape, dtype=kinds[name], device="meta") for name, shape in shapes.items()
+        }
+
+    def pieces(self, name: str) -> Sequence[Piece]:
+        return [whole(self.tensors[name])]
+
+    def read(self, name: str, piece: Piece | None = None) -> Tensor:
+        """A parameter or one box of it: experts and routers in float32, others in the dense model's type."""
+        block, kind = name.rpartition(".mlp.")[0], _kind(name)
+        if kind is None:
+            return self._dense.read(name, piece)
+        piece = piece or whole(self.tensors[name])
+        if kind == ROUTER:
+            return box(self._router(name), piece)
+        inner = Piece(piece.offsets[1:], piece.sizes[1:])  # of one expert; they are alike
+        if kind == DOWN:
+            one = self._dense.read(f"{block}.mlp.down_proj.weight", inner)
+        else:
+            one = self._rows([f"{block}.mlp.{part}.weight" for part in ("gate_proj", "up_proj")], inner)
+        return one.float().expand(piece.sizes)
+
+    def _rows(self, names: Sequence[str], piece: Piece) -> Tensor:
+        """A box of matrices that stand one above the other."""
+        first, (row, column), (rows, columns) = 0, piece.offsets, piece.sizes
+        parts = []
+        for name in names:
+            height = self._dense.tensors[name].shape[0]
+            begin, end = max(row - first, 0), min(row + rows - first, height)
+            if begin < end:
+                parts.append(self._dense.read(name, Piece((begin, column), (end - begin, columns))))
+            first += height
+        return torch.cat(parts)
+
+    def _router(self, name: str) -> Tensor:
+        """Drawn from the seed and the name alone, so in any order."""
+        digest = blake3(f"{self._seed} {name}".encode()).digest(7)
+        generator = torch.Generator().manual_seed(int.from_bytes(digest))
+        return torch.empty(self.tensors[name].shape).normal_(0.0, ROUTER_STD, generator=generator)
+
+
+def _kind(name: str) -> str | None:
+    _, block, kind = name.rpartition(".mlp.")
+    return kind if block and kind in (ROUTER, GATE_AND_UP, DOWN) else None
 
 
 def expert_fields(settings: ModelConfig) -> dict[str, object]:

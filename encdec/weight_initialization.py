@@ -1,40 +1,113 @@
-"""First weights of a Qwen3 encoder-decoder: from a pretrained decoder-only Qwen3, or at random from a seed.
+"""First weights of a Qwen3 encoder-decoder: from a pretrained decoder-only Qwen3, from a saved model, or from a seed.
 
-Shape legend:
-    V_s  rows of the source's embedding    V  rows of ours, >= V_s    H  hidden size
+python -m encdec.weight_initialization --from Qwen/Qwen3-0.6B --to DIR      writes the model that starts from Qwen3
+
+Two ways to have them. `build_*` and `initialize_from_qwen3` make a whole model on the host. `plan_*` make a model whose
+parameters have no memory yet, and the stream of their values: shard it, give it memory, fill it, and no rank ever holds
+more than its shards and one parameter. Both give the same values.
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import copy
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForSeq2SeqLM, Qwen3Config
+from torch import nn
+from transformers import Qwen3Config
 from transformers.initialization import no_init_weights
 
+from encdec.checkpoints.commands.shared import progress_bar, writing
+from encdec.checkpoints.export import DTYPES
+from encdec.command_line import Help, Parser, exit_code_of
 from encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
-from encdec.errors import ConfigError, MissingPrerequisite
+from encdec.errors import ConfigError
+from encdec.initialization.folder import require_place, require_room_for, write_model
+from encdec.initialization.qwen3 import Qwen3Weights, require_tokenizers_rows, target_names
+from encdec.initialization.saved import SavedWeights
+from encdec.initialization.source import CONFIG_ALONE, FILES, SourceFiles, checkpoint_directory, model_type_of
+from encdec.initialization.streams import InitialWeights, SeededWeights, StoredStream, fill, give_memory
 from encdec.modeling_qwen3_encdec import Qwen3ForSeq2SeqLM
 from encdec.tokenization_qwen3_encdec import Qwen3EncoderDecoderTokenizer
 
-EMBEDDING = "shared.weight"
-FILES, CONFIG_ALONE = ["*.safetensors", "*.json"], ["config.json"]
-UNUSED_ROWS_SEED = 20  # any constant: sentinels start alike in every run
+__all__ = [
+    "UnfilledModel", "allocate", "build_from_pretrained", "build_from_scratch", "initialize_from_qwen3",
+    "plan_from_pretrained", "plan_from_scratch", "target_names",
+]  # fmt: skip
 
-# Every key of a Qwen3 checkpoint and the parameters it fills. No target: left out on purpose.
-KEY_MAP: tuple[tuple[re.Pattern[str], tuple[str, ...]], ...] = (
-    (re.compile(r"model\.embed_tokens\.weight"), (EMBEDDING,)),
-    (re.compile(r"model\.(layers\.\d+\..+(?<!inv_freq))"), (r"encoder.\1", r"decoder.\1")),
-    (re.compile(r"model\.(norm\.weight)"), (r"encoder.\1", r"decoder.\1")),
-    (re.compile(r"lm_head\.weight"), ()),  # our head is the embedding
-    (re.compile(r"model\..*rotary_emb\.inv_freq"), ()),  # computed from the config
-)
+
+class UnfilledModel(NamedTuple):
+    """A model whose parameters are on the meta device, and what they are to start from."""
+
+    model: Qwen3ForSeq2SeqLM
+    """Its buffers hold their values."""
+    weights: InitialWeights
+
+    def filled(self) -> Qwen3ForSeq2SeqLM:
+        """The model itself, whole, on the CPU."""
+        give_memory(self.model, torch.device("cpu"))
+        fill(self.model, self.weights.stream())
+        return self.model
+
+
+def plan_from_scratch(config: Qwen3EncoderDecoderConfig, seed: int) -> UnfilledModel:
+    """Random weights, float32, that depend on `config` and `seed` alone: the same on every rank of any world size."""
+    model, twin = (allocate(config, torch.float32, meta=True) for _ in range(2))
+    return UnfilledModel(model, SeededWeights(twin, seed))
+
+
+def plan_from_pretrained(
+    model_name_or_path: str | Path,
+    num_sentinel_tokens: int,
+    *,
+    tokenizer: Qwen3EncoderDecoderTokenizer | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> UnfilledModel:
+    """The model of a directory or hub id: an encoder-decoder of ours as it is, or one that starts from a decoder-only
+    Qwen3 (`initialize_from_qwen3`). Names and shapes are compared here; values are read where the stream is.
+
+    Args:
+        dtype: of the parameters.
+
+    Raises:
+        MissingPrerequisite: no such directory, no such model on the hub or no way there, or files are missing or
+            damaged.
+        ConfigError: it is neither, or its tensors are not what its config says.
+    """
+    directory = checkpoint_directory(str(model_name_or_path), FILES)
+    model = describe_pretrained(directory, num_sentinel_tokens, tokenizer=tokenizer, dtype=dtype)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    source = SourceFiles(directory)
+    if model_type_of(directory) == Qwen3EncoderDecoderConfig.model_type:
+        return UnfilledModel(model, StoredStream(SavedWeights(source, shapes)))
+    return UnfilledModel(model, StoredStream(Qwen3Weights(source, model.config, shapes)))
+
+
+def describe_pretrained(
+    model_name_or_path: str | Path,
+    num_sentinel_tokens: int,
+    *,
+    tokenizer: Qwen3EncoderDecoderTokenizer | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Qwen3ForSeq2SeqLM:
+    """As `plan_from_pretrained`, but the model alone: only config.json is read."""
+    directory = checkpoint_directory(str(model_name_or_path), CONFIG_ALONE)
+    if model_type_of(directory) == Qwen3EncoderDecoderConfig.model_type:
+        return allocate(Qwen3EncoderDecoderConfig.from_pretrained(directory), dtype, meta=True)
+    qwen3 = _read_qwen3_config(directory)
+    if tokenizer is not None:
+        require_tokenizers_rows(qwen3.vocab_size, min(tokenizer.sentinel_ids, default=len(tokenizer)))
+    config = Qwen3EncoderDecoderConfig.from_qwen3_config(qwen3, num_sentinel_tokens, **_token_ids(tokenizer))
+    if tokenizer is not None:
+        tokenizer.assert_matches(config)
+    return allocate(config, dtype, meta=True)
 
 
 def build_from_scratch(config: Qwen3EncoderDecoderConfig, seed: int) -> Qwen3ForSeq2SeqLM:
@@ -42,43 +115,26 @@ def build_from_scratch(config: Qwen3EncoderDecoderConfig, seed: int) -> Qwen3For
 
     Every rank that calls this gets the same weights, whatever the world size. torch's global generator is untouched.
     """
-    model = allocate(config, torch.float32)
-    with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(seed)  # not torch.manual_seed, which would reseed the GPUs too
-        model.initialize_weights()
-    return model
+    return plan_from_scratch(config, seed).filled()
 
 
 def build_from_pretrained(
     model_name_or_path: str | Path,
     num_sentinel_tokens: int,
     *,
-    tokenizer: Qwen3EncoderDecoderTokenizer,
+    tokenizer: Qwen3EncoderDecoderTokenizer | None,
     fill: bool = True,
 ) -> Qwen3ForSeq2SeqLM:
-    """The model of a directory or hub id, float32 on the CPU: an encoder-decoder of ours as it is, or one that starts
-    from a decoder-only Qwen3 (`initialize_from_qwen3`).
+    """The model of a directory or hub id, float32, whole on the CPU (`plan_from_pretrained`).
 
     Args:
-        fill: False leaves the parameters without values.
-
-    Raises:
-        MissingPrerequisite: no such directory, no such model on the hub or no way there, or files are missing.
-        ConfigError: it is neither.
+        fill: False leaves the parameters without values; only config.json is read.
     """
-    directory = checkpoint_directory(str(model_name_or_path), FILES if fill else CONFIG_ALONE)
-    if model_type_of(directory) != Qwen3EncoderDecoderConfig.model_type:
-        return initialize_from_qwen3(directory, num_sentinel_tokens, tokenizer=tokenizer, fill=fill)
-    if not fill:
-        return allocate(Qwen3EncoderDecoderConfig.from_pretrained(directory), torch.float32)
-    try:
-        return Qwen3ForSeq2SeqLM.from_pretrained(directory, dtype=torch.float32)
-    except (OSError, SafetensorError) as error:
-        raise MissingPrerequisite(
-            "a model's directory must have its weights",
-            found=f"none that can be read in {directory}: {type(error).__name__}",
-            remedy="Export them with python -m encdec.checkpoints export RUN DIR, or download the model again",
-        ) from error
+    if fill:
+        return plan_from_pretrained(model_name_or_path, num_sentinel_tokens, tokenizer=tokenizer).filled()
+    model = describe_pretrained(model_name_or_path, num_sentinel_tokens, tokenizer=tokenizer)
+    give_memory(model, torch.device("cpu"))
+    return model
 
 
 def initialize_from_qwen3(
@@ -87,12 +143,11 @@ def initialize_from_qwen3(
     *,
     tokenizer: Qwen3EncoderDecoderTokenizer | None = None,
     dtype: torch.dtype = torch.float32,
-    fill: bool = True,
 ) -> Qwen3ForSeq2SeqLM:
     """Build the encoder-decoder of a pretrained decoder-only Qwen3; encoder and decoder both start from its layers.
 
     Embedding rows from the first sentinel on, which no text of the source ever reached, are drawn from the mean and the
-    standard deviation (per dimension) of the rows before it, with a fixed seed.
+    standard deviation (per dimension) of the rows before it, with a fixed seed. A head of the source's own is left out.
 
     Args:
         model_name_or_path: directory with `config.json` and safetensors files, or hub id ("Qwen/Qwen3-0.6B").
@@ -100,8 +155,6 @@ def initialize_from_qwen3(
         tokenizer: settles the token ids where given, and is checked against the result. Needed where the tokenizer
             leaves rows of the embedding unused and the vocabulary is not Qwen3's own.
         dtype: of the result, on the CPU.
-        fill: False leaves the parameters without values, for weights that come from elsewhere; only the source's
-            config.json is read.
 
     Returns:
         The model. Its tokenizer is `Qwen3EncoderDecoderTokenizer.from_pretrained(<same>, num_sentinel_tokens=<same>)`.
@@ -110,59 +163,55 @@ def initialize_from_qwen3(
         MissingPrerequisite: no such directory, no such model on the hub or no way there, or files are missing.
         ConfigError: the source is no Qwen3, or its keys or shapes are not what its config says.
     """
-    directory = checkpoint_directory(str(model_name_or_path), FILES if fill else CONFIG_ALONE)
-    config = Qwen3EncoderDecoderConfig.from_qwen3_config(
-        _read_qwen3_config(directory), num_sentinel_tokens, **_token_ids(tokenizer)
-    )
-    if tokenizer is not None:
-        tokenizer.assert_matches(config)
-    model = allocate(config, dtype)
-    if not fill:
-        return model
-    _fill_parameters(model, directory)
-    _fill_unused_rows(model.shared.weight, config.sentinel_start_id)
-    return model
+    directory = checkpoint_directory(str(model_name_or_path), FILES)
+    _read_qwen3_config(directory)
+    return plan_from_pretrained(directory, num_sentinel_tokens, tokenizer=tokenizer, dtype=dtype).filled()
 
 
-def allocate(config: Qwen3EncoderDecoderConfig, dtype: torch.dtype) -> Qwen3ForSeq2SeqLM:
-    """A model whose parameters hold no values yet; its buffers do."""
-    with no_init_weights():
-        return AutoModelForSeq2SeqLM.from_config(config, dtype=dtype)
+def allocate(config: Qwen3EncoderDecoderConfig, dtype: torch.dtype, *, meta: bool = False) -> Qwen3ForSeq2SeqLM:
+    """A model whose parameters hold no values yet; its buffers do.
+
+    Args:
+        meta: the parameters have no memory either.
+    """
+    config = copy.deepcopy(config)
+    config.dtype = dtype
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        # not from_config: once a ZeRO-3 engine runs in this process, that hands every new model to DeepSpeed
+        with no_init_weights(), _parameters_on_meta() if meta else contextlib.nullcontext():
+            return Qwen3ForSeq2SeqLM(config)
+    finally:
+        torch.set_default_dtype(before)
 
 
-def _token_ids(tokenizer: Qwen3EncoderDecoderTokenizer | None) -> dict[str, int]:
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Inside, parameters of new modules are put on the meta device; buffers (rotary frequencies) are not, for nobody
+    would compute them again."""
+    original = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        original(module, name, parameter)
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
+
+
+def _token_ids(tokenizer: Qwen3EncoderDecoderTokenizer | None) -> dict[str, Any]:
     if tokenizer is None:
         return {}
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "eos_token_id", "decoder_start_token_id")}
-    return ids | {"sentinel_start_id": min(tokenizer.sentinel_ids, default=len(tokenizer))}
-
-
-def checkpoint_directory(model_name_or_path: str, files: list[str]) -> Path:
-    """The directory itself, or the hub's snapshot of a model in the local cache."""
-    if Path(model_name_or_path).is_dir():
-        return Path(model_name_or_path)
-    try:
-        return Path(snapshot_download(model_name_or_path, allow_patterns=files))
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
-        raise MissingPrerequisite(
-            "model_name_or_path must be a directory, or a model that the hub or its local cache has",
-            found=f"{model_name_or_path} ({type(error).__name__})",
-            remedy="Correct the name; without a network, download the model elsewhere and give its directory",
-        ) from error
-
-
-def model_type_of(directory: Path) -> str | None:
-    """What a directory's config.json says it is.
-
-    Raises:
-        MissingPrerequisite: there is none.
-    """
-    path = directory / "config.json"
-    if not path.is_file():
-        raise MissingPrerequisite(
-            "a checkpoint must have a config.json", found=f"none in {directory}", remedy="Give a checkpoint's directory"
-        )
-    return json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    return ids | {
+        "sentinel_start_id": min(tokenizer.sentinel_ids, default=len(tokenizer)),
+        "mode_token_ids": tokenizer.mode_token_ids or None,
+    }
 
 
 def _read_qwen3_config(directory: Path) -> Qwen3Config:
@@ -176,88 +225,82 @@ def _read_qwen3_config(directory: Path) -> Qwen3Config:
     return Qwen3Config.from_pretrained(directory)
 
 
-def _read_tensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and tensors of a checkpoint, one at a time; an index, where there is one, says which files count."""
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        files = [
-            directory / name
-            for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        ]
-    else:
-        files = sorted(directory.glob("*.safetensors"))
-    missing = [file.name for file in files if not file.is_file()]
-    if missing or not files:
-        raise MissingPrerequisite(
-            "a checkpoint must have all of its safetensors files",
-            found=f"{', '.join(missing) or 'none'} {'missing ' if missing else ''}in {directory}",
-            remedy="Download the checkpoint again",
-        )
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - not a dict, and it does not iterate
-                    yield name, tensors.get_tensor(name)
-        except SafetensorError as error:
-            raise MissingPrerequisite(
-                "a checkpoint's safetensors files must be ones that can be read",
-                found=f"{file}: {error}",
-                remedy="Download the checkpoint again",
-            ) from error
+def main(argv: list[str] | None = None) -> int:
+    """Returns 0 when the model is written; 78 where nothing was, with the reason; 130 after Ctrl-C."""
+    return exit_code_of(lambda: _write_and_show(parse(argv)))
 
 
-def target_names(source_name: str) -> tuple[str, ...]:
-    """The parameters a Qwen3 checkpoint's key fills; none for those left out on purpose.
-
-    Raises:
-        ConfigError: `KEY_MAP` does not know the key.
-    """
-    for pattern, templates in KEY_MAP:
-        if match := pattern.fullmatch(source_name):
-            return tuple(match.expand(template) for template in templates)
-    raise ConfigError(
-        "every tensor of the source must have a place in the encoder-decoder",
-        found=source_name,
-        remedy="Give a dense Qwen3 checkpoint without adapters or quantisation",
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        prog="python -m encdec.weight_initialization",
+        description="Write the encoder-decoder that starts from a pretrained decoder-only Qwen3, with its tokenizer "
+        "and a report on every tensor (initialization.json). Memory: one file of the result and one tensor of the "
+        "source.",
+        formatter_class=Help,
+        allow_abbrev=False,
     )
+    parser.add_argument(
+        "--from", dest="source", required=True, metavar="DIR_OR_ID", help="Qwen3 checkpoint: directory or hub id"
+    )
+    parser.add_argument("--to", dest="out", type=Path, required=True, metavar="DIR", help="directory to make")
+    parser.add_argument("--tokenizer", metavar="DIR_OR_ID", help="tokenizer of the source, where it is not beside it")
+    parser.add_argument("--num-sentinel-tokens", type=int, default=100, help="sentinels for span corruption")
+    parser.add_argument("--mode-tokens", action="store_true", help="add UL2's [R], [S] and [X]")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights")
+    parser.add_argument(
+        "--max-shard-size", type=_size, default="1GB", metavar="SIZE",
+        help="most of one safetensors file, also what is held in memory: bytes, or with KB, MB, GB (powers of 1000)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--force", action="store_true", help="replace a model that is at --to, once the new one is whole"
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON document")
+    return parser.parse_args(argv)
 
 
-@torch.no_grad()
-def _fill_parameters(model: Qwen3ForSeq2SeqLM, directory: Path) -> None:
-    parameters = dict(model.named_parameters())
-    unfilled = set(parameters)
-    for source_name, tensor in _read_tensors(directory):
-        for name in target_names(source_name):
-            if name not in parameters or not _fits(name, tensor, parameters[name]):
-                raise ConfigError(
-                    "the source's tensors must have the shapes its config gives",
-                    found=f"{source_name} {tuple(tensor.shape)} for {name} {_shape(parameters, name)}",
-                    remedy="Check that config.json belongs to these weights",
-                )
-            parameters[name][: len(tensor)].copy_(tensor)
-            unfilled.discard(name)
-    if unfilled:
+def _size(text: str) -> int:
+    match = re.fullmatch(r"(\d+)\s*([KMG]?)B?", text.strip(), re.IGNORECASE)
+    size = int(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[match[2].upper()] if match else 0
+    if not size:
+        raise argparse.ArgumentTypeError(f"must be a size such as 500MB or 1GB, not {text!r}")
+    return size
+
+
+def _write_and_show(arguments: argparse.Namespace) -> int:
+    """Everything that can be wrong is looked at before anything is written."""
+    dtype, out = DTYPES[arguments.dtype], arguments.out
+    require_place(out, replace=arguments.force)
+    if arguments.num_sentinel_tokens < 1:
         raise ConfigError(
-            "the source must fill every parameter",
-            found=f"nothing for {', '.join(sorted(unfilled)[:3])} and {max(0, len(unfilled) - 3)} more",
-            remedy="Download the checkpoint again",
+            "--num-sentinel-tokens must be 1 or more", found=arguments.num_sentinel_tokens, remedy="100 is the default"
         )
+    directory = checkpoint_directory(arguments.source, FILES)
+    qwen3 = _read_qwen3_config(directory)
+    tokenizer = Qwen3EncoderDecoderTokenizer.from_pretrained(
+        arguments.tokenizer or str(directory),
+        num_sentinel_tokens=arguments.num_sentinel_tokens, mode_tokens=arguments.mode_tokens,
+    )  # fmt: skip
+    model = describe_pretrained(directory, arguments.num_sentinel_tokens, tokenizer=tokenizer, dtype=dtype)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    weights = Qwen3Weights(SourceFiles(directory), model.config, shapes)
+    require_room_for(out, weights, dtype)
+
+    def save_beside(folder: Path) -> None:
+        config = copy.deepcopy(model.config)
+        config.architectures = [type(model).__name__]
+        config.save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    total = sum(shape.numel() for shape in shapes.values()) * dtype.itemsize
+    with progress_bar("writing", total) as progress, writing(out):
+        report = write_model(
+            out, weights, model.config, save_beside, source=arguments.source, source_tied=qwen3.tie_word_embeddings,
+            dtype=dtype, shard_bytes=arguments.max_shard_size, replace=arguments.force, progress=progress,
+        )  # fmt: skip
+    print(json.dumps({"directory": str(out), **report.to_json()}) if arguments.json else "\n".join(report.lines()))
+    return 0
 
 
-def _fits(name: str, tensor: torch.Tensor, parameter: torch.Tensor) -> bool:
-    if name == EMBEDDING:  # ours may have grown
-        return tensor.shape[1:] == parameter.shape[1:] and len(tensor) <= len(parameter)
-    return tensor.shape == parameter.shape
-
-
-def _shape(parameters: dict[str, torch.nn.Parameter], name: str) -> str:
-    return str(tuple(parameters[name].shape)) if name in parameters else "(no such parameter)"
-
-
-@torch.no_grad()
-def _fill_unused_rows(embedding: torch.Tensor, num_used: int) -> None:
-    """Draw the rows from `num_used` on, in place. embedding: [V, H]."""
-    used = embedding[:num_used].float()
-    generator = torch.Generator().manual_seed(UNUSED_ROWS_SEED)
-    noise = torch.randn(len(embedding) - num_used, embedding.shape[1], generator=generator)
-    embedding[num_used:] = (used.mean(0) + used.std(0) * noise).to(embedding.dtype)
+if __name__ == "__main__":
+    sys.exit(main())

@@ -73,15 +73,7 @@ def export(
         OSError: it cannot be written.
     """
     require_absent(out)
-    files = files_from or find_model_files(checkpoint)
-    if files is None or not (files / CONFIG).is_file():
-        raise CheckpointError(
-            "An export needs the model's config.json and tokenizer, which a run keeps in RUN/model",
-            found=f"no {CONFIG} in {files}" if files else f"none for {checkpoint}",
-            remedy="Give a folder that has them with --files-from DIR",
-        )
-    _require_same_model(part_of(checkpoint, manifest, files, "merged").tensors, files)
-    weights = part_of(checkpoint, manifest, files, part)
+    files, weights = open_model(checkpoint, manifest, files_from, part)
     try:
         with staged_directory(out) as staging:
             if part == "adapter":
@@ -92,12 +84,32 @@ def export(
                 if not (staging / f"{MODULES[0]}.py").exists():  # of a run that is older than this
                     write_code(staging)
                 _write_card(staging, config, weights, manifest)
-                written = _write_shards(staging, weights, DTYPES[dtype], shard_mb * 10**6, progress)
-            _open_as_umask_says(staging)
+                written = write_shards(staging, weights, DTYPES[dtype], shard_mb * 10**6, progress)
+            open_as_umask_says(staging)
     except FileExistsError:
         require_absent(out)
         raise
     return [out / path.name for path in written]
+
+
+def open_model(
+    checkpoint: Path, manifest: Manifest, files_from: Path | None = None, part: Part = "merged"
+) -> tuple[Path, Weights]:
+    """The folder of a checkpoint's model files, and its weights or a part of them, which fit each other.
+
+    Raises:
+        ConfigError: a part is asked for that there is not.
+        CheckpointError: there are no model files, or they are of another model.
+    """
+    files = files_from or find_model_files(checkpoint)
+    if files is None or not (files / CONFIG).is_file():
+        raise CheckpointError(
+            "An export needs the model's config.json and tokenizer, which a run keeps in RUN/model",
+            found=f"no {CONFIG} in {files}" if files else f"none for {checkpoint}",
+            remedy="Give a folder that has them with --files-from DIR",
+        )
+    _require_same_model(part_of(checkpoint, manifest, files, "merged").tensors, files)
+    return files, part_of(checkpoint, manifest, files, part)
 
 
 def part_of(checkpoint: Path, manifest: Manifest, files: Path | None, part: Part) -> Weights:
@@ -185,18 +197,27 @@ def _write_card(folder: Path, config: Mapping[str, Any], weights: Weights, manif
     (folder / MODEL_CARD).write_text(card, encoding="utf-8")  # also over that of the folder the files came from
 
 
-def _open_as_umask_says(folder: Path) -> None:
+def open_as_umask_says(folder: Path) -> None:
     """A model to hand on, unlike a checkpoint: the permissions of any file that its user makes."""
     mask = os.umask(0)
     os.umask(mask)
     folder.chmod(0o777 & ~mask)
     for path in folder.iterdir():
-        path.chmod(0o666 & ~mask)
+        if path.is_file():
+            path.chmod(0o666 & ~mask)
 
 
-def _write_shards(
+def write_shards(
     folder: Path, weights: Weights, dtype: torch.dtype, shard_bytes: int, progress: Progress
 ) -> list[Path]:
+    """Write the safetensors files of a model, and their index where there are several; the files.
+
+    Args:
+        weights: each tensor is read once, in the order of ``tensors``.
+        dtype: of what is written of floating-point tensors.
+        shard_bytes: most of one file; also what is held in memory.
+        progress: told the bytes of each tensor.
+    """
     target = {name: meta.to(_stored_dtype(meta, dtype)) for name, meta in weights.tensors.items()}
     plan = split_torch_state_dict_into_shards(target, max_shard_size=shard_bytes)
     written = []
@@ -226,13 +247,7 @@ def _stored_dtype(meta: Tensor, dtype: torch.dtype) -> torch.dtype:
     return dtype if meta.dtype.is_floating_point else meta.dtype
 
 
-def bytes_to_write(
-    checkpoint: Path,
-    manifest: Manifest,
-    dtype: Literal["fp32", "bf16"],
-    files_from: Path | None = None,
-    part: Part = "merged",
-) -> int:
-    """What ``export`` will write of weights, bytes."""
-    tensors = part_of(checkpoint, manifest, files_from or find_model_files(checkpoint), part).tensors.values()
+def bytes_to_write(weights: Weights, dtype: Literal["fp32", "bf16"]) -> int:
+    """What an export of these weights will write of them, bytes."""
+    tensors = weights.tensors.values()
     return sum(meta.numel() * _stored_dtype(meta, DTYPES[dtype]).itemsize for meta in tensors)

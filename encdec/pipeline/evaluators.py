@@ -153,7 +153,8 @@ class Evaluation:
         made = self.generate(encoder, decoder_input_ids=begin, max_new_tokens=max_new_tokens)[0].tolist()
         stops = {end, tokenizer.pad_token_id, *tokenizer.sentinel_ids}
         length = next((index for index, token in enumerate(made) if token in stops), len(made))
-        return tokenizer.decode(made[:length])
+        # rows of the embedding that no token has: only a model that has learnt little writes them
+        return tokenizer.decode([token for token in made[:length] if token < len(tokenizer)])
 
 
 @dataclass(frozen=True)

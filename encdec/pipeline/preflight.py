@@ -16,12 +16,12 @@ import torch.distributed as dist
 from encdec.data.corpus import open_corpus
 from encdec.errors import EncdecError, MissingPrerequisite
 from encdec.gates import GateLevel
+from encdec.model_checks import Check, SanityReport
 from encdec.pipeline.config import PipelineConfig
 from encdec.pipeline.evaluators import EVALUATORS
 from encdec.pipeline.scales import VOCABULARY, ModelScale, in_short
 from encdec.pipeline.suites import SUITES, read_suite
 from encdec.pipeline.validator import PipelineValidator
-from encdec.sanity_check import Check, SanityReport
 from encdec.tokenization_qwen3_encdec import Qwen3EncoderDecoderTokenizer
 from encdec.training.config import FullConfig
 from encdec.training.rules import check_rules

@@ -27,7 +27,6 @@ from encdec.pipeline.config import Launch
 from encdec.pipeline.facts import newest_attempt_says
 from encdec.pipeline.scales import ScaleConfig
 from encdec.training.attention_choice import attention_by_rule
-from encdec.training.build import build_model
 from encdec.training.config import FullConfig
 from encdec.training.execution import LoopGates
 from encdec.training.origin import fill_from_checkpoint
@@ -55,7 +54,7 @@ class Ending:
     message: str
 
 
-def train_here(config_file: Path, paths: RunPaths, make_model: ModelMaker, gates: LoopGates) -> Ending:
+def train_here(config_file: Path, paths: RunPaths, make_model: ModelMaker | None, gates: LoopGates) -> Ending:
     """Train in this process, alone; a run directory of the same configuration is continued.
 
     Raises:
@@ -102,14 +101,14 @@ def launch_with_torchrun(config_file: Path, run_dir: Path) -> int:
     return subprocess.run(command, check=False).returncode
 
 
-def model_maker(factory: ModelFactory | None, sizes: ScaleConfig) -> ModelMaker:
-    """What builds the model of a run: the factory where there is one.
+def model_maker(factory: ModelFactory | None, sizes: ScaleConfig) -> ModelMaker | None:
+    """What builds the model of a run: the factory where there is one; None: the run itself.
 
     Raises (when called):
         ConfigError: the factory's model lacks what a run needs of it.
     """
     if factory is None:
-        return build_model
+        return None
 
     def make(config: FullConfig, tokenizer: Any) -> nn.Module:
         model = factory(sizes, tokenizer)

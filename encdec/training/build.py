@@ -12,9 +12,10 @@ from typing import Any
 import psutil
 import torch
 from blake3 import blake3
+from torch import Tensor
 
 from encdec import distributed
-from encdec.adapters import add_adapters
+from encdec.adapters import AdaptedWeights, add_adapters
 from encdec.checkpoints import CheckpointManager, DriveCheckpointManager
 from encdec.checkpoints.payload import payload_named
 from encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
@@ -25,6 +26,8 @@ from encdec.data.sampler import GlobalBatchSampler
 from encdec.data.ul2_dataset import EvaluationBatches, UL2Dataset, build_dataloader
 from encdec.errors import FencedError
 from encdec.files import RunPaths, staged_directory
+from encdec.initialization.source import model_type_of
+from encdec.initialization.streams import Stream, fill, give_memory, is_empty
 from encdec.modeling_qwen3_encdec import Qwen3ForSeq2SeqLM
 from encdec.records import JsonLinesWriter, event
 from encdec.tokenization_qwen3_encdec import Qwen3EncoderDecoderTokenizer
@@ -44,8 +47,14 @@ from encdec.training.signals import Requests
 from encdec.training.tracking.observer import TrackerObserver
 from encdec.training.tracking.speed import step_seconds_at_peak
 from encdec.training.trainer import Qwen3EncoderDecoderTrainer
-from encdec.upcycling import expert_fields, with_experts
-from encdec.weight_initialization import allocate, build_from_pretrained, build_from_scratch, model_type_of
+from encdec.upcycling import expert_fields, experts_model, plan_experts
+from encdec.weight_initialization import (
+    UnfilledModel,
+    allocate,
+    describe_pretrained,
+    plan_from_pretrained,
+    plan_from_scratch,
+)
 
 log = logging.getLogger("encdec.train")
 SECONDS_BETWEEN_LOOKS = 0.05
@@ -59,13 +68,7 @@ def prepare_text(run: RunConfig) -> tuple[Qwen3EncoderDecoderTokenizer, Path]:
     """
     config, data = run.config, run.config.data
     os.environ["RAYON_NUM_THREADS"] = str(data.preprocessing_num_workers)  # read when the first batch is tokenized
-    corpus = open_corpus(
-        data.dataset_name,
-        text_column=data.text_column,
-        dataset_config=data.dataset_config,
-        streaming=data.streaming,
-        max_examples=data.max_examples,
-    )
+    corpus = corpus_of(config)
     first = int(os.environ.get("RANK", 0)) == 0
     tokenizer = _tokenizer(config, corpus, first)
     folder = Path(data.packed_dir) / f"packed-{_key(corpus, tokenizer, run)}"
@@ -85,6 +88,23 @@ def prepare_text(run: RunConfig) -> tuple[Qwen3EncoderDecoderTokenizer, Path]:
     else:
         _wait_for(folder)
     return tokenizer, folder
+
+
+def corpus_of(config: FullConfig) -> Corpus:
+    """The text that the configuration names; nothing of it is read yet."""
+    data = config.data
+    return open_corpus(
+        data.dataset_name,
+        text_column=data.text_column,
+        dataset_config=data.dataset_config,
+        streaming=data.streaming,
+        max_examples=data.max_examples,
+    )
+
+
+def load_tokenizer_of(config: FullConfig) -> Qwen3EncoderDecoderTokenizer:
+    """The tokenizer that the configuration names, in one process; one that is to be trained is, where none is there."""
+    return _tokenizer(config, corpus_of(config), first=True)
 
 
 def _tokenizer(config: FullConfig, corpus: Corpus, first: bool) -> Qwen3EncoderDecoderTokenizer:
@@ -122,56 +142,111 @@ def _wait_for(folder: Path) -> None:
         time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
-def build_model(config: FullConfig, tokenizer: Qwen3EncoderDecoderTokenizer, *, fill: bool = True) -> Qwen3ForSeq2SeqLM:
-    """The unsharded model on the host, fp32; the same on every rank.
+def plan_model(config: FullConfig, tokenizer: Qwen3EncoderDecoderTokenizer) -> UnfilledModel:
+    """The model that the configuration describes, its parameters on the meta device, and the stream of the values that
+    they start from; both the same on every rank.
 
-    Args:
-        fill: with the weights that the configuration names; False where others follow.
+    Raises:
+        ConfigError: the model and the tokenizer do not fit each other, or the weights do not fit this node's memory.
+        MissingPrerequisite: its files are not there.
     """
     settings = config.model
     if settings.from_scratch is None:
-        model = build_from_pretrained(
-            settings.model_name_or_path, settings.num_sentinel_tokens, tokenizer=tokenizer, fill=fill
-        )
+        plan = plan_from_pretrained(settings.model_name_or_path, settings.num_sentinel_tokens, tokenizer=tokenizer)
         if settings.n_experts is not None:
-            model = with_experts(model, settings, config.training.seed, fill=fill)
+            plan = plan_experts(plan, settings, config.training.seed)
     else:
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        require_memory(
-            settings.from_scratch, len(tokenizer), ranks_here, psutil.virtual_memory().total, settings.n_experts
-        )
-        shape = Qwen3EncoderDecoderConfig(
-            vocab_size=len(tokenizer),
-            num_sentinel_tokens=settings.num_sentinel_tokens,
-            sentinel_start_id=tokenizer.sentinel_ids[0],
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            decoder_start_token_id=tokenizer.decoder_start_token_id,
-            **settings.from_scratch.model_dump(),
-            **expert_fields(settings),
-        )
-        model = build_from_scratch(shape, config.training.seed) if fill else allocate(shape, torch.float32)
+        plan = plan_from_scratch(_described(config, tokenizer), config.training.seed)
+    adapters = _add_adapters(plan.model, config)
+    model = _checked(plan.model, config, tokenizer)
+    if not adapters:
+        return UnfilledModel(model, plan.weights)
+    return UnfilledModel(model, AdaptedWeights(plan.weights, dict(model.named_parameters()), adapters))
+
+
+def empty_model(config: FullConfig, tokenizer: Qwen3EncoderDecoderTokenizer) -> Qwen3ForSeq2SeqLM:
+    """As ``plan_model``, but the model alone: its weights come from elsewhere, and the configured ones are not read."""
+    settings = config.model
+    if settings.from_scratch is None:
+        model = describe_pretrained(settings.model_name_or_path, settings.num_sentinel_tokens, tokenizer=tokenizer)
+        if settings.n_experts is not None:
+            model = experts_model(model, settings)
+    else:
+        model = allocate(_described(config, tokenizer), torch.float32, meta=True)
+    _add_adapters(model, config)
+    return _checked(model, config, tokenizer)
+
+
+def build_model(config: FullConfig, tokenizer: Qwen3EncoderDecoderTokenizer) -> Qwen3ForSeq2SeqLM:
+    """The whole model on the host, fp32, with the weights that the configuration names; the same on every rank."""
+    return plan_model(config, tokenizer).filled()
+
+
+def _described(config: FullConfig, tokenizer: Qwen3EncoderDecoderTokenizer) -> Qwen3EncoderDecoderConfig:
+    """The model of model.from_scratch."""
+    settings = config.model
+    assert settings.from_scratch is not None
+    place = os.environ
+    require_memory(
+        settings.from_scratch, len(tokenizer), ranks=int(place.get("LOCAL_WORLD_SIZE", 1)),
+        world_size=int(place.get("WORLD_SIZE", 1)), on_host=config.infra.device == "cpu",
+        memory=psutil.virtual_memory().total, n_experts=settings.n_experts,
+    )  # fmt: skip
+    return Qwen3EncoderDecoderConfig(
+        vocab_size=len(tokenizer),
+        num_sentinel_tokens=settings.num_sentinel_tokens,
+        sentinel_start_id=tokenizer.sentinel_ids[0],
+        mode_token_ids=tokenizer.mode_token_ids or None,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.decoder_start_token_id,
+        **settings.from_scratch.model_dump(),
+        **expert_fields(settings),
+    )
+
+
+def _checked(
+    model: Qwen3ForSeq2SeqLM, config: FullConfig, tokenizer: Qwen3EncoderDecoderTokenizer
+) -> Qwen3ForSeq2SeqLM:
     tokenizer.assert_matches(model.config)
     model.set_attn_implementation(attention_by_rule(config))
     return _as_configured(model, config)
 
 
 def _as_configured(model: Qwen3ForSeq2SeqLM, config: FullConfig) -> Qwen3ForSeq2SeqLM:
-    """How a model computes, whatever its weights and its attention, and what of it is trained."""
-    if config.model.lora is not None:
-        name = config.model.model_name_or_path
-        is_base = not config.model.from_scratch and Path(name).is_dir() and model_type_of(Path(name)) == "qwen3_encdec"
-        add_adapters(model, config.model.lora, config.training.seed, name if is_base else None)
+    """How a model computes, whatever its weights and its attention."""
     model.max_logits_bytes = config.model.max_logits_mb * 10**6
     if config.infra.fsdp_activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
 
 
+def _add_adapters(model: Qwen3ForSeq2SeqLM, config: FullConfig) -> dict[str, Tensor]:
+    """Put in those that are configured; their first values by name."""
+    if config.model.lora is None:
+        return {}
+    name = config.model.model_name_or_path
+    is_base = not config.model.from_scratch and Path(name).is_dir() and model_type_of(Path(name)) == "qwen3_encdec"
+    return add_adapters(model, config.model.lora, config.training.seed, name if is_base else None)
+
+
 def empty_twin(model: Qwen3ForSeq2SeqLM, config: FullConfig) -> Qwen3ForSeq2SeqLM:
     """A model that computes as ``model`` does, without memory for its weights yet (on the meta device)."""
     with torch.device("meta"):
         return _as_configured(type(model)(model.config), config)
+
+
+def whole_copy(model: Qwen3ForSeq2SeqLM, config: FullConfig, read: Callable[[], Stream] | None) -> Qwen3ForSeq2SeqLM:
+    """The model itself where it is whole already; else one like it on the host, fp32, with the values that ``read``
+    gives."""
+    if not is_empty(model) or read is None:
+        return model
+    copy = allocate(model.config, torch.float32, meta=True)
+    _add_adapters(copy, config)
+    _as_configured(copy, config)
+    give_memory(copy, torch.device("cpu"))
+    fill(copy, read())
+    return copy
 
 
 def build_trainer(
@@ -183,6 +258,7 @@ def build_trainer(
     tokenizer: Qwen3EncoderDecoderTokenizer,
     packed: Path,
     model: Qwen3ForSeq2SeqLM,
+    read: Callable[[], Stream] | None = None,
     device: torch.device,
     requests: Requests,
     gates: LoopGates | None = None,
@@ -190,6 +266,8 @@ def build_trainer(
     """Shard, prove the sharding, and put the trainer together; collective.
 
     Args:
+        model: whole on the host, or with its parameters on the meta device.
+        read: opens the stream of the latter's values; None where a checkpoint brings them.
         gates: judged while training goes on; None: those of the phase, QUICK where there is none.
     """
     judged = gates or (run.phase.gates_in_loop if run.phase else LoopGates())
@@ -203,10 +281,12 @@ def build_trainer(
     )
     if config.training.per_device_train_batch_size == "auto":
         config.training.per_device_train_batch_size = micro
-    model.to(device)
+    if not is_empty(model):
+        model.to(device)
     engine = start_engine(
-        model, config, device=device, dtype=dtype, micro_batch_size=micro, accumulation_steps=accumulation
-    )
+        model, config, device=device, dtype=dtype, micro_batch_size=micro, accumulation_steps=accumulation,
+        stream=read() if read and is_empty(model) else None,
+    )  # fmt: skip
     log.info("%s, computing in %s", engine.prove_sharding(world), dtype)
     dataset = UL2Dataset(open_packed(packed, "train"))
     collator = make_collator(config, tokenizer, run.data_seed)

@@ -19,7 +19,7 @@ from encdec.checkpoints.weights import digest_weights
 from encdec.errors import CheckpointError, TrainingDiverged
 from encdec.files import RunPaths, atomic_write_json
 from encdec.gates import LOSS_DECREASING, GateReport, Measurement, ValidationGate, judge
-from encdec.sanity_check import check_model
+from encdec.model_checks import check_model
 from encdec.training.execution import PhaseConfig
 from encdec.training.final_average import average_last
 from encdec.training.promotion import GateFile, read_origin
@@ -33,10 +33,13 @@ EndJudge = Callable[[Path], GateReport]
 """A verified checkpoint's folder -> the verdicts of the gates at the end of a phase."""
 
 
-def check_sanity(model: nn.Module, tokenizer: Any, paths: RunPaths) -> None:
+def check_sanity(make_model: Callable[[], nn.Module], tokenizer: Any, paths: RunPaths) -> None:
     """The sanity check on the unsharded model, on rank 0; its report goes to the run directory, once in a run's life.
 
     All ranks take part, whatever each of them sees there: one that comes late finds the report already.
+
+    Args:
+        make_model: the whole model on the host; called on rank 0 alone, where there is no report yet.
 
     Raises:
         TrainingDiverged: a check failed; on every rank.
@@ -45,7 +48,7 @@ def check_sanity(model: nn.Module, tokenizer: Any, paths: RunPaths) -> None:
     def check() -> None:
         if paths.sanity_report.exists():
             return
-        report = check_model(model, tokenizer)
+        report = check_model(make_model(), tokenizer)
         for line in report.lines():
             log.info("sanity check: %s", line)
         if not report.passed:

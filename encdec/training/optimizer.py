@@ -28,8 +28,8 @@ def make_optimizer(model: nn.Module, config: FullConfig) -> Optimizer:
     taken = {id(parameter) for group in own for parameter in group["params"]}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
     groups = [
-        {"params": [p for p in others if p.ndim >= 2], "weight_decay": training.weight_decay},
-        {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in others if dimensions(p) >= 2], "weight_decay": training.weight_decay},
+        {"params": [p for p in others if dimensions(p) < 2], "weight_decay": 0.0},
     ]
     adamw = _adamw([group for group in groups if group["params"]], training)
     if not own:
@@ -38,12 +38,17 @@ def make_optimizer(model: nn.Module, config: FullConfig) -> Optimizer:
     return MuonWithAdamW(muon, adamw)
 
 
+def dimensions(parameter: nn.Parameter) -> int:
+    """Of the whole parameter, also where DeepSpeed has left nothing of it but its partition."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def _layer_matrices(model: nn.Module) -> list[dict[str, Any]]:
     """What Muon steps, as its groups: matrices inside the transformer layers, and the stacked ones of experts."""
     layers = model.transformer_layers()  # type: ignore[operator]
     named = [pair for layer in layers for pair in layer.named_parameters() if pair[1].requires_grad]
-    matrices = [p for _, p in named if p.ndim == 2]
-    stacked = [(2 if name.endswith(".gate_up_proj") else 1, p) for name, p in named if p.ndim == 3]
+    matrices = [p for _, p in named if dimensions(p) == 2]
+    stacked = [(2 if name.endswith(".gate_up_proj") else 1, p) for name, p in named if dimensions(p) == 3]
     groups = [{"params": matrices, "blocks": 1}]
     groups += [{"params": [p for n, p in stacked if n == blocks], "blocks": blocks} for blocks in (1, 2)]
     return [group for group in groups if group["params"]]

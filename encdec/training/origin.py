@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from blake3 import blake3
-from safetensors import SafetensorError
 from torch import nn
 
 from encdec import distributed
@@ -15,10 +16,13 @@ from encdec.checkpoints.catalog import committed
 from encdec.checkpoints.manifest import MANIFEST, manifest_digest, read_manifest, verify
 from encdec.checkpoints.payload import open_weights
 from encdec.checkpoints.stored import feed_tensor, require_same_model
-from encdec.checkpoints.weights import digest_weights
-from encdec.errors import CheckpointError, ConfigError, RunDirectoryError, UnreadableCheckpoint
+from encdec.checkpoints.weights import Weights, digest_weights
+from encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
+from encdec.errors import CheckpointError, ConfigError, MissingPrerequisite, RunDirectoryError, UnreadableCheckpoint
 from encdec.files import RunPaths, atomic_write_json
-from encdec.modeling_qwen3_encdec import Qwen3ForSeq2SeqLM
+from encdec.initialization.saved import SavedWeights
+from encdec.initialization.source import FILES, SourceFiles, checkpoint_directory, model_type_of
+from encdec.initialization.streams import Stream, box
 from encdec.training.execution import StartingPoint
 from encdec.training.promotion import GateFile, Origin, gate_path, read_origin, require_passed
 from encdec.training.run_config import RunConfig
@@ -64,42 +68,88 @@ def require_weights(run: RunConfig, *, goes_on: bool, step: int) -> None:
         )
 
 
-def begin_from(run: RunConfig, paths: RunPaths, model: nn.Module) -> Path | None:
-    """Fill an unsharded model with the weights that the run begins from, on every rank, and write down which they are.
-
-    Returns:
-        The checkpoint from which training is to continue once the model is sharded; None where it begins at step 0.
+class Opening:
+    """The weights that a run begins from instead of its configured ones; verified when this is made, read by
+    ``stream``, and written down by ``record``. Making and recording is collective.
 
     Raises:
         GateNotPassed: the phase before has not passed its gate.
-        CheckpointError: they do not verify, are not those that were judged, or are of another model.
+        CheckpointError: they do not verify, or are not those that were named.
     """
-    start = run.starts_from
-    assert start is not None and run.phase is not None, (
-        "only a phase starts from other weights than its configured ones"
-    )
-    gate = require_passed(start, run.phase.phase) if start.kind == "gate" else None
-    source = Path(start.source) / "checkpoints" / str(gate.checkpoint) if gate else Path(start.source)
-    if gate or (source / MANIFEST).is_file():
-        distributed.on_rank_zero_however_long(lambda: require_sound(source, gate, start))
-        found = fill_from_checkpoint(model, source)
-    else:
-        found = fill_from_pretrained(model, start.source)
-    if gate and found != gate.weights_digest:
-        raise RunDirectoryError(
-            f"{run.phase.phase} starts from the weights that were judged",
-            found=f"weights {found[:16]} in {source}, while the gate was passed by {str(gate.weights_digest)[:16]}",
-            remedy=again(gate, start),
+
+    def __init__(self, run: RunConfig, paths: RunPaths) -> None:
+        start = run.starts_from
+        assert start is not None and run.phase is not None, (
+            "only a phase starts from other weights than its configured ones"
         )
-    origin = Origin(
-        kind=start.kind, source=str(source) if gate else start.source, proved=gate is not None, weights_digest=found,
-        first_loss=gate.first_loss if gate else None,
-    )  # fmt: skip
-    distributed.on_rank_zero(lambda: atomic_write_json(paths.origin, origin.to_json()))
-    log.info(
-        "%s from %s, weights %s", "begins" if origin.proved else "begins, without proof,", origin.source, found[:16]
-    )
-    return source if start.kind == "checkpoint" else None
+        self.start, self.phase, self._paths = start, run.phase.phase, paths
+        self.gate = require_passed(start, self.phase) if start.kind == "gate" else None
+        given = Path(start.source)
+        self.source = given / "checkpoints" / str(self.gate.checkpoint) if self.gate else given
+        self._is_checkpoint = self.gate is not None or (self.source / MANIFEST).is_file()
+        if self._is_checkpoint:
+            distributed.on_rank_zero_however_long(lambda: require_sound(self.source, self.gate, start))
+        self._found = ""
+
+    @property
+    def resume_from(self) -> Path | None:
+        """The checkpoint from which training is to continue once the model is sharded; None: it begins at step 0."""
+        return self.source if self.start.kind == "checkpoint" else None
+
+    def stream(self, model: nn.Module) -> Stream:
+        """The values of a model's parameters and persistent buffers, in order of name; rank 0 takes their digest.
+
+        Raises:
+            CheckpointError: they are of another model.
+            ConfigError: what was given is no model of this architecture.
+        """
+        weights = self._weights(model)
+        hasher = blake3()
+        for name in sorted(weights.tensors):
+            if distributed.rank():
+                yield name, functools.partial(weights.read, name)
+                continue
+            values = weights.read(name).float()
+            feed_tensor(hasher, name, values)
+            yield name, functools.partial(box, values)
+        self._found = hasher.hexdigest()
+
+    def record(self) -> None:
+        """Write down what the run has begun from, once the stream is read to its end.
+
+        Raises:
+            RunDirectoryError: it is not what passed the gate.
+        """
+        distributed.on_rank_zero(self._write)
+        log.info(
+            "%s from %s, weights %s",
+            "begins" if self.gate else "begins, without proof,", self.source, self._found[:16],
+        )  # fmt: skip
+
+    def _write(self) -> None:
+        gate, found = self.gate, self._found
+        if gate and found != gate.weights_digest:
+            raise RunDirectoryError(
+                f"{self.phase} starts from the weights that were judged",
+                found=f"weights {found[:16]} in {self.source}, while the gate was passed by "
+                f"{str(gate.weights_digest)[:16]}",
+                remedy=again(gate, self.start),
+            )
+        origin = Origin(
+            kind=self.start.kind, source=str(self.source) if gate else self.start.source, proved=gate is not None,
+            weights_digest=found, first_loss=gate.first_loss if gate else None,
+        )  # fmt: skip
+        atomic_write_json(self._paths.origin, origin.to_json())
+
+    def _weights(self, model: nn.Module) -> Weights:
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        if not self._is_checkpoint:
+            return given_model(self.start.source, shapes)
+        manifest = read_manifest(self.source)
+        weights = open_weights(self.source, manifest)
+        stored = {name: tensor.shape for name, tensor in weights.tensors.items()}
+        require_same_model(self.source / manifest.sharding, stored, shapes, REMEDY)
+        return weights
 
 
 def require_sound(source: Path, gate: GateFile | None, start: StartingPoint) -> None:
@@ -154,29 +204,32 @@ def fill_from_checkpoint(model: nn.Module, folder: Path) -> str:
     return digest_weights(weights, lambda name, tensor: wanted[name].copy_(tensor))
 
 
-@torch.no_grad()
-def fill_from_pretrained(model: nn.Module, name_or_path: str) -> str:
-    """Copy the weights of a Hugging Face directory or hub id of our architecture into a model on the host; returns the
-    digest of what the model then holds.
+def given_model(name_or_path: str, shapes: Mapping[str, torch.Size]) -> Weights:
+    """The weights of a Hugging Face directory or hub id of our architecture.
+
+    Args:
+        shapes: of the parameters that they are for, by name.
 
     Raises:
-        ConfigError: there is none, or it is of another model.
+        ConfigError: there is none.
+        CheckpointError: it is of another model.
     """
     try:
-        given = Qwen3ForSeq2SeqLM.from_pretrained(name_or_path, dtype=torch.float32)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ConfigError(
-            "--from-weights must name a checkpoint, or a model directory or hub id of this architecture",
-            found=f"{name_or_path} ({' '.join(str(error).split())[:200]})",
-            remedy="A decoder-only Qwen3 goes into model.model_name_or_path instead",
-        ) from None
-    there, wanted = given.state_dict(), model.state_dict()
-    require_same_model(
-        Path(name_or_path, "weights"), {name: tensor.shape for name, tensor in there.items()},
-        {name: tensor.shape for name, tensor in wanted.items()}, REMEDY,
-    )  # fmt: skip
-    hasher = blake3()
-    for name in sorted(wanted):
-        wanted[name].copy_(there[name])
-        feed_tensor(hasher, name, wanted[name])
-    return hasher.hexdigest()
+        directory = checkpoint_directory(name_or_path, FILES)
+        model_type = model_type_of(directory)
+        if model_type != Qwen3EncoderDecoderConfig.model_type:
+            raise _not_given(name_or_path, f"model_type {model_type}")
+        source = SourceFiles(directory)
+    except MissingPrerequisite as error:
+        raise _not_given(name_or_path, error.found) from None
+    there = {name: tensor.shape for name, tensor in source.tensors.items()}
+    require_same_model(Path(name_or_path, "weights"), there, shapes, REMEDY)
+    return SavedWeights(source, shapes)
+
+
+def _not_given(name_or_path: str, found: object) -> ConfigError:
+    return ConfigError(
+        "--from-weights must name a checkpoint, or a model directory or hub id of this architecture",
+        found=f"{name_or_path} ({' '.join(str(found).split())[:200]})",
+        remedy="A decoder-only Qwen3 goes into model.model_name_or_path instead",
+    )

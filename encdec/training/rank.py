@@ -23,16 +23,17 @@ from encdec.checkpoints.training_facts import TrainingFacts
 from encdec.errors import EncdecError, ShardingError
 from encdec.files import RunPaths, atomic_write_json
 from encdec.gates import GateReport
+from encdec.initialization.streams import Stream, fill, is_empty
 from encdec.records import RankResult
 from encdec.redaction import Redacting, redact
 from encdec.tokenization_qwen3_encdec import Qwen3EncoderDecoderTokenizer
 from encdec.training import sharding, storage
 from encdec.training.alerts import ending_of
-from encdec.training.build import build_model, build_trainer, prepare_text
+from encdec.training.build import build_trainer, empty_model, plan_model, prepare_text, whole_copy
 from encdec.training.config import FullConfig
 from encdec.training.execution import LoopGates, TrainingPhase
 from encdec.training.finish import check_sanity, finish
-from encdec.training.origin import begin_from, has_checkpoint, require_origin, require_weights
+from encdec.training.origin import Opening, has_checkpoint, require_origin, require_weights
 from encdec.training.run_config import RunConfig, read_run_config
 from encdec.training.signals import Requests
 from encdec.training.start_up import StartUp
@@ -122,23 +123,28 @@ def _train(
         marks.tell(paths.attempt(attempt).events("rank-0"))
     require_one_attempt(attempt)
     with storage.explained("The model must be readable", Path(run.config.model.model_name_or_path)):
-        fill = run.starts_from is None
-        model = make_model(run.config, tokenizer) if make_model else build_model(run.config, tokenizer, fill=fill)
+        model, read = begin_model(run, tokenizer, make_model)
     goes_on = resume_from is not None or (run.starts_from is not None and has_checkpoint(paths))
+    opening = None
     if run.starts_from and not goes_on:
         with storage.explained("The weights to start from must be readable", Path(run.starts_from.source)):
-            resume_from = begin_from(run, paths, model)
-    if resume_from is None:
+            opening = Opening(run, paths)
+        resume_from, read = opening.resume_from, functools.partial(opening.stream, model)
+        if not is_empty(model):
+            fill(model, read())
+    elif resume_from is None:
         require_origin(run, paths)
-    if run.phase and run.phase.phase == TrainingPhase.SANITY_CHECK:
-        check_sanity(model, tokenizer, paths)
+    if run.phase and run.phase.phase == TrainingPhase.SANITY_CHECK and (read or not is_empty(model)):
+        check_sanity(lambda: whole_copy(model, run.config, read), tokenizer, paths)
     distributed.on_rank_zero(lambda: keep_model_files(model, tokenizer, paths.model, TrainingFacts.of_run(run)))
     requests = Requests(paths)
     trainer = build_trainer(
         run, paths, attempt=attempt, restart=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
-        tokenizer=tokenizer, packed=packed, model=model, device=device, requests=requests, gates=gates,
+        tokenizer=tokenizer, packed=packed, model=model, read=read, device=device, requests=requests, gates=gates,
     )  # fmt: skip
     try:
+        if opening:
+            opening.record()
         trainer.start_from(resume_from)
         require_weights(run, goes_on=goes_on, step=trainer.state.global_step)
         requests.listen()  # not before: until now there is nothing to save, and SIGTERM should simply end this rank
@@ -156,6 +162,19 @@ def _train(
         for observer in trainer.observers:
             observer.close()
         dist.destroy_process_group()
+
+
+def begin_model(
+    run: RunConfig, tokenizer: Qwen3EncoderDecoderTokenizer, make_model: ModelMaker | None
+) -> tuple[Any, Callable[[], Stream] | None]:
+    """A run's model, and what opens the stream of its values: whole and None from ``make_model``; else with its
+    parameters on the meta device, and None where the values come from other weights than the configured ones."""
+    if make_model:
+        return make_model(run.config, tokenizer), None
+    if run.starts_from:
+        return empty_model(run.config, tokenizer), None
+    plan = plan_model(run.config, tokenizer)
+    return plan.model, plan.weights.stream
 
 
 def tell_end(trainer: Qwen3EncoderDecoderTrainer, ending: dict[str, Any]) -> None:

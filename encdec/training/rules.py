@@ -50,24 +50,31 @@ def _require_suites(config: FullConfig) -> None:
 
 
 def require_memory(
-    shape: ArchitectureConfig, vocab_size: int, ranks: int, memory: int, n_experts: int | None = None
-) -> None:
-    """Each rank of a node builds the whole model in fp32 on the host before it is sharded.
+    shape: ArchitectureConfig, vocab_size: int, *, ranks: int, world_size: int, on_host: bool, memory: int,
+    n_experts: int | None = None,
+) -> None:  # fmt: skip
+    """Each rank of a node holds its shards, on the host where that computes, and while they are filled one whole
+    parameter, in fp32.
 
     Args:
         ranks: ranks on this node.
+        world_size: ranks in all.
+        on_host: whether the ranks compute on the host; else the shards are in the memory of GPUs.
         memory: the node's, bytes.
         n_experts: feed-forwards of each layer, where there are several.
 
     Raises:
-        ConfigError: the weights alone do not fit.
+        ConfigError: that alone does not fit.
     """
     parameters = count_parameters(shape, vocab_size, n_experts)
-    if 4 * parameters * ranks > memory:
+    stacked = 2 * shape.intermediate_size * (n_experts or 1)
+    largest = max(vocab_size, stacked, shape.head_dim * shape.num_attention_heads) * shape.hidden_size
+    needed = 4 * ranks * (largest + (parameters // world_size if on_host else 0))
+    if needed > memory:
         raise ConfigError(
-            f"The weights of model.from_scratch in fp32, once a rank, must fit this node's {memory / 1e9:,.0f} GB",
-            found=f"{parameters:,} parameters on {ranks} ranks, {4 * parameters * ranks / 1e9:,.0f} GB",
-            remedy="Lower the sizes of model.from_scratch or infra.num_gpus",
+            f"The weights of model.from_scratch in fp32, sharded, must fit this node's {memory / 1e9:,.0f} GB",
+            found=f"{parameters:,} parameters over {world_size} ranks, {ranks} of them here: {needed / 1e9:,.0f} GB",
+            remedy="Lower the sizes of model.from_scratch, or use more nodes",
         )
 
 

@@ -11,15 +11,19 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForSeq2SeqLM
 
+from encdec.checkpoints.weights import Piece
+from encdec.checkpoints.weights import whole as whole_of
 from encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 from encdec.errors import ConfigError
 from encdec.flops import forward_flops
+from encdec.initialization.streams import StoredStream, box
 from encdec.mixture_of_experts import Qwen3MoeFeedForward, Routing, recorded_routing, sequence_balance
 from encdec.modeling_qwen3_encdec import Qwen3ForSeq2SeqLM
 from encdec.training.config import ModelConfig
 from encdec.training.model_options import ArchitectureConfig
 from encdec.training.model_sizes import model_size
-from encdec.upcycling import with_experts
+from encdec.upcycling import experts_model, plan_experts
+from encdec.weight_initialization import UnfilledModel
 
 SHAPE = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -205,11 +209,33 @@ def test_re_entrant_checkpointing_is_refused():
 # ---- from a dense model
 
 
+EXPERTS = ModelConfig(n_experts=4, top_k=2)
+
+
+class HeldWeights:
+    """A dense model's weights, as of a checkpoint."""
+
+    def __init__(self, model: Qwen3ForSeq2SeqLM | None = None) -> None:
+        self.held = (model or small_model(num_experts=None)).state_dict()
+        self.tensors = {name: tensor.to("meta") for name, tensor in self.held.items()}
+
+    def pieces(self, name: str) -> list[Piece]:
+        return [whole_of(self.tensors[name])]
+
+    def read(self, name: str, piece: Piece | None = None) -> torch.Tensor:
+        return box(self.held[name], piece)
+
+
+def upcycled(dense: Qwen3ForSeq2SeqLM, k: int) -> Qwen3ForSeq2SeqLM:
+    plan = UnfilledModel(dense, StoredStream(HeldWeights(dense)))
+    return plan_experts(plan, ModelConfig(n_experts=4, top_k=k), 5).filled().eval()
+
+
 @pytest.mark.parametrize("k", [2, 3])
 def test_upcycled_model_computes_what_the_dense_one_does(k: int):
     dense, inputs = small_model(num_experts=None), batch()
     before = torch.random.get_rng_state()
-    made = with_experts(dense, ModelConfig(n_experts=4, top_k=k), 5, fill=True)
+    made = upcycled(dense, k)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert made.config.num_experts_per_tok == k
     torch.testing.assert_close(made(**inputs).logits, dense(**inputs).logits, rtol=1e-5, atol=1e-5)
@@ -217,15 +243,27 @@ def test_upcycled_model_computes_what_the_dense_one_does(k: int):
     theirs = dense.encoder.layers[1].mlp
     assert torch.equal(stack.experts.gate_up_proj[3], torch.cat([theirs.gate_proj.weight, theirs.up_proj.weight]))
     assert 0 < stack.gate.weight.std() < 0.02
-    again = with_experts(dense, ModelConfig(n_experts=4, top_k=k), 5, fill=True)
+    again = upcycled(dense, k)
     assert all(torch.equal(a, b) for a, b in zip(made.parameters(), again.parameters(), strict=True))  # on every rank
+
+
+def test_each_box_of_an_upcycled_parameter_is_that_of_the_whole():
+    plan = plan_experts(UnfilledModel(small_model(num_experts=None), StoredStream(HeldWeights())), EXPERTS, 5)
+    weights = plan.weights.weights  # type: ignore[attr-defined]
+    for name in ("gate.weight", "experts.gate_up_proj", "experts.down_proj"):
+        whole = weights.read(f"decoder.layers.0.mlp.{name}")
+        for begin in (0, 1, whole.shape[-2] // 2 - 1):  # across the border of gate and up, too
+            offsets, sizes = [0] * whole.ndim, list(whole.shape)
+            offsets[-2], sizes[-2] = begin, min(3, whole.shape[-2] - begin)
+            found = weights.read(f"decoder.layers.0.mlp.{name}", Piece(tuple(offsets), tuple(sizes)))
+            assert torch.equal(found, whole.narrow(-2, begin, sizes[-2]))
 
 
 def test_model_with_experts_is_taken_as_it_is_and_another_number_refused():
     model = small_model()
-    assert with_experts(model, ModelConfig(n_experts=4), 0, fill=True) is model
+    assert experts_model(model, ModelConfig(n_experts=4)) is model
     with pytest.raises(ConfigError, match=r"model\.n_experts .*found 8, and 4 there"):
-        with_experts(model, ModelConfig(n_experts=8), 0, fill=True)
+        experts_model(model, ModelConfig(n_experts=8))
 
 
 # ---- refusals and arithmetic

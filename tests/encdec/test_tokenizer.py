@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import subprocess
+import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from transformers import AutoTokenizer, Qwen2Tokenizer
 
 from encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
@@ -105,8 +112,109 @@ class TestPrompts:
         assert tokenizer.decode(ids) == text
         assert "extra_id" not in tokenizer.decode(ids, skip_special_tokens=True)
 
+    @pytest.mark.parametrize(
+        "around", ["é", "e\u0301", "\u4e2d", "\U0001f600", "a", " ", "\n", "<", ">", "_0", "\u00a0"]
+    )
+    def test_sentinels_are_whole_beside_anything(self, tokenizer, around):
+        text = f"in{around}<extra_id_12>{around}side<extra_id_1>{around}"
+        found = [token for token in tokenizer(text).input_ids if token in set(tokenizer.sentinel_ids)]
+        assert found == [tokenizer.sentinel_ids[12], tokenizer.sentinel_ids[1]]
+
+    def test_normalisation_makes_no_sentinel(self, tokenizer):
+        """Text that only NFC turns into a sentinel's name is text."""
+        spelt = "<extra_id_1>".replace("<", "<\u0338").replace(">", "\uff1e")
+        assert not set(tokenizer.sentinel_ids) & set(tokenizer(spelt).input_ids)
+        assert not set(tokenizer.sentinel_ids) & set(tokenizer("<extra_id_20> <extra_id_> <EXTRA_ID_1>").input_ids)
+
+
+@settings(max_examples=150, deadline=None)
+@given(pieces=st.lists(st.one_of(st.integers(0, NUM_SENTINELS - 1), st.text(max_size=12)), max_size=8))
+def test_any_text_and_any_sentinels_come_back(pieces):
+    """Documents to the character (but for NFC), prompts with every sentinel whole and in its place."""
+    tokenizer = cached_tokenizer()
+    text = "".join(f"<extra_id_{piece}>" if isinstance(piece, int) else piece for piece in pieces)
+    [ids] = tokenizer.encode_documents([text])
+    assert tokenizer.decode(ids) == unicodedata.normalize("NFC", text)
+    assert not special_ids(tokenizer) & set(ids)
+    assert len(ids) <= len(text.encode()) * 3 + 1
+    assume(not any("<" in piece or ">" in piece for piece in pieces if isinstance(piece, str)))
+    ids = tokenizer(text).input_ids
+    sentinels = tokenizer.sentinel_ids
+    assert [sentinels.index(one) for one in ids if one in sentinels] == [p for p in pieces if isinstance(p, int)]
+    kept = tokenizer.decode([one for one in ids if one not in sentinels])
+    assert kept == "".join(unicodedata.normalize("NFC", piece) for piece in between(pieces))
+
+
+def between(pieces):
+    """The texts that sentinels leave together: each is normalised by itself."""
+    texts = [""]
+    for piece in pieces:
+        texts[-1:] = [texts[-1] + piece] if isinstance(piece, str) else [texts[-1], ""]
+    return texts
+
+
+@functools.cache
+def cached_tokenizer() -> Qwen3EncoderDecoderTokenizer:
+    return Qwen3EncoderDecoderTokenizer.train_from_texts(TEXTS, VOCAB_SIZE, NUM_SENTINELS)
+
+
+class TestUnknownIds:
+    @pytest.mark.parametrize("unknown", [VOCAB_SIZE, -100, 2**40])
+    def test_they_are_refused_by_name(self, tokenizer, unknown):
+        ids = [5, unknown, 6]
+        for decode in (
+            tokenizer.decode, tokenizer.convert_ids_to_tokens,
+            lambda ids: tokenizer.batch_decode([[5], ids]), lambda ids: tokenizer.decode(torch.tensor(ids)),
+            lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+        ):  # fmt: skip
+            with pytest.raises(DataError, match=rf"tokenizer's 500 tokens, found {unknown}\."):
+                decode(ids)
+        with pytest.raises(DataError, match="500 tokens"):
+            tokenizer.decode(unknown)
+
+    def test_known_ones_are_decoded_as_ever(self, tokenizer):
+        every = list(range(len(tokenizer)))
+        assert tokenizer.decode(every) == Qwen2Tokenizer._decode(tokenizer, every)
+        assert len(tokenizer.convert_ids_to_tokens(every)) == VOCAB_SIZE
+        assert tokenizer.decode([]) == ""
+
+
+class TestModeTokens:
+    def test_they_follow_the_sentinels_and_survive_saving(self, qwen_base, tmp_path):
+        tokenizer = Qwen3EncoderDecoderTokenizer.from_pretrained(qwen_base, num_sentinel_tokens=8, mode_tokens=True)
+        last = tokenizer.sentinel_ids[-1]
+        assert tokenizer.mode_token_ids == [last + 1, last + 2, last + 3]
+        assert tokenizer.convert_ids_to_tokens(tokenizer.mode_token_ids) == ["[R]", "[S]", "[X]"]
+        tokenizer.save_pretrained(tmp_path / "saved")
+        again = Qwen3EncoderDecoderTokenizer.from_pretrained(tmp_path / "saved")
+        assert again.fingerprint() == tokenizer.fingerprint()
+        assert not special_ids(again) & set(again.encode_documents(["x[R] = y[S]"])[0])  # documents are data
+        with pytest.raises(ConfigError, match="all of"):
+            Qwen3EncoderDecoderTokenizer.from_pretrained(tmp_path / "saved", mode_tokens=False)
+
+    def test_off_by_default_and_the_fingerprint_tells(self, tokenizer):
+        assert tokenizer.mode_token_ids == []
+        other = Qwen3EncoderDecoderTokenizer.train_from_texts(TEXTS, VOCAB_SIZE, NUM_SENTINELS, mode_tokens=True)
+        assert other.mode_token_ids == [497, 498, 499] and other.sentinel_ids[-1] == 496
+        assert other.fingerprint() != tokenizer.fingerprint()
+
 
 class TestSaving:
+    def test_transformers_alone_reads_the_same(self, tokenizer, tmp_path):
+        """In a process that has never imported this package."""
+        tokenizer.save_pretrained(tmp_path)
+        texts = [*HOSTILE, "é<extra_id_4>\u4e2d"]
+        program = (
+            "import json, sys\nfrom transformers import AutoTokenizer\n"
+            "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])\n"
+            "assert 'encdec' not in sys.modules\n"
+            "ids = tokenizer(json.loads(sys.argv[2])).input_ids\n"
+            "print(json.dumps([ids, tokenizer.eos_token, tokenizer.pad_token]))"
+        )
+        command = [sys.executable, "-c", program, str(tmp_path), json.dumps(texts)]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert json.loads(done.stdout) == [tokenizer(texts).input_ids, tokenizer.eos_token, tokenizer.pad_token]
+
     def test_round_trip(self, tokenizer, tmp_path):
         tokenizer.save_pretrained(tmp_path)
         for load in (Qwen3EncoderDecoderTokenizer.from_pretrained, AutoTokenizer.from_pretrained):
@@ -191,6 +299,7 @@ class TestAgreement:
             ("decoder_start_token_id", 5),
             ("num_sentinel_tokens", 19),
             ("sentinel_start_id", 490),
+            ("mode_token_ids", [509, 510, 511]),
         ],
     )
     def test_a_difference_names_both_values(self, tokenizer, name, theirs):
@@ -199,7 +308,7 @@ class TestAgreement:
         with pytest.raises(ConfigError, match=name) as caught:
             tokenizer.assert_matches(config)
         assert str(theirs) in str(caught.value)
-        assert str(ours.get(name) or getattr(tokenizer, name)) in str(caught.value)
+        assert str(ours.get(name, getattr(tokenizer, name, None))) in str(caught.value)
 
     def test_a_vocabulary_larger_than_the_embedding_is_refused(self, tokenizer, tmp_path):
         config = self.config(tokenizer)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from encdec.checkpoints.commands import average, digest, export, listing, mirror, prune, verify
+from encdec.checkpoints.encoder import POOLINGS
 from encdec.checkpoints.export import DEFAULT_SHARD_MB, DTYPES
 from encdec.checkpoints.lora_weights import PARTS
 from encdec.checkpoints.pruning import DEFAULT_AVERAGED
@@ -59,6 +60,10 @@ def _export(command: argparse.ArgumentParser) -> None:
     command.add_argument("out", type=Path, help="directory to make; must not exist")
     command.add_argument("--best", action="store_true", help="of a run directory: the one with the least loss")
     command.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="of the weights; checkpoints have fp32")
+    command.add_argument("--encoder", action="store_true", help="the encoder alone, for sentence-transformers")
+    command.add_argument(
+        "--pooling", choices=tuple(POOLINGS), help="with --encoder: how token vectors become one (mean)"
+    )
     command.add_argument("--shard-mb", type=_at_least(1), default=DEFAULT_SHARD_MB, help="most of one file, 10^6 bytes")
     command.add_argument(
         "--files-from", type=Path, metavar="DIR", help="config.json and tokenizer, instead of RUN/model"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 from encdec.checkpoints import CheckpointManager, folders
@@ -16,20 +18,35 @@ from encdec.checkpoints.commands.shared import (
     size_of,
     writing,
 )
-from encdec.checkpoints.export import bytes_to_write, export, require_absent
+from encdec.checkpoints.encoder import EncoderWeights, export_encoder
+from encdec.checkpoints.export import bytes_to_write, export, part_of, require_absent
 from encdec.checkpoints.manifest import Manifest, verify
+from encdec.checkpoints.model_files import find_model_files
 from encdec.checkpoints.pruning import best_of
 from encdec.errors import CheckpointError, ConfigError
 
 
 def show(arguments: argparse.Namespace) -> int:
+    if arguments.pooling and not arguments.encoder:
+        raise ConfigError("--pooling goes with --encoder", found="--pooling alone", remedy="Add --encoder")
+    if arguments.encoder and arguments.part != "merged":
+        raise ConfigError(
+            "--encoder writes the encoder of the merged model",
+            found=f"--part {arguments.part}",
+            remedy="Leave one of the two out",
+        )
     require_absent(arguments.out)
     folder, manifest = find(arguments.path, arguments.best)
-    total = bytes_to_write(folder, manifest, arguments.dtype, arguments.files_from, arguments.part)
+    weights = part_of(folder, manifest, arguments.files_from or find_model_files(folder), arguments.part)
+    write: Callable[..., list[Path]] = functools.partial(export, part=arguments.part)
+    if arguments.encoder:
+        weights = EncoderWeights(weights)
+        write = functools.partial(export_encoder, pooling=arguments.pooling or "mean")
+    total = bytes_to_write(weights, arguments.dtype)
     with progress_bar("exporting", total) as progress, writing(arguments.out):
-        files = export(
+        files = write(
             folder, manifest, arguments.out, dtype=arguments.dtype, shard_mb=arguments.shard_mb,
-            files_from=arguments.files_from, part=arguments.part, progress=progress,
+            files_from=arguments.files_from, progress=progress,
         )  # fmt: skip
     if arguments.json:
         written = [path.name for path in files]
@@ -38,7 +55,8 @@ def show(arguments: argparse.Namespace) -> int:
              "dtype": arguments.dtype, "bytes": total}
         )  # fmt: skip
     else:
-        print(f"{arguments.out}: {folder.name} in {arguments.dtype}, {megabytes(total)}, {len(files)} weight file(s)")
+        what = f"encoder of {folder.name}" if arguments.encoder else folder.name
+        print(f"{arguments.out}: {what} in {arguments.dtype}, {megabytes(total)}, {len(files)} weight file(s)")
     return 0
 
 

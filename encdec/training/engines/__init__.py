@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from encdec.initialization.streams import Stream
 from encdec.training.config import FullConfig
-from encdec.training.engines.fsdp2 import TorchEngine, shard
+from encdec.training.engines.fsdp2 import TorchEngine, materialise, shard
 from encdec.training.optimizer import make_optimizer
 
 __all__ = ["Engine", "TorchEngine", "start_engine"]
@@ -68,20 +69,24 @@ def start_engine(
     dtype: torch.dtype,
     micro_batch_size: int,
     accumulation_steps: int,
+    stream: Stream | None = None,
 ) -> Engine:
-    """Spread ``model``, whole and alike on every rank, over the ranks, as ``infra.distributed_type`` says; collective.
+    """Spread ``model`` over the ranks, as ``infra.distributed_type`` says; collective.
 
     Args:
-        model: has ``transformer_layers()``; on ``device``, fp32.
+        model: has ``transformer_layers()``; fp32. Whole on ``device`` and alike on every rank; or with its parameters
+            on the meta device: then a rank gets memory for its own parts alone, and fills them.
         dtype: of the computation; master weights and reductions are fp32.
         micro_batch_size: samples.
+        stream: values of parameters that are on the meta device; None leaves them without, for those that follow.
     """
     if config.infra.distributed_type == "deepspeed":
         from encdec.training.engines.zero3 import ZeroEngine  # imports deepspeed, which not every machine has
 
         return ZeroEngine(
-            model, make_optimizer(model, config), config, device=device, dtype=dtype,
-            micro_batch_size=micro_batch_size, accumulation_steps=accumulation_steps,
+            model, config, device=device, dtype=dtype,
+            micro_batch_size=micro_batch_size, accumulation_steps=accumulation_steps, stream=stream,
         )  # fmt: skip
     shard(model, model.transformer_layers(), config.infra, dtype)  # type: ignore[operator]
+    materialise(model, config.infra, device, stream)
     return TorchEngine(model, make_optimizer(model, config))

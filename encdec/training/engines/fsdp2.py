@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from encdec import distributed
 from encdec.errors import ShardingError
+from encdec.initialization.streams import Stream, fill, give_memory, is_empty
 from encdec.training.config import InfraConfig
 
 
@@ -54,6 +55,24 @@ def placement(parameter: nn.Parameter, ranks: int) -> Shard:
     if parameter.ndim == 3 and parameter.shape[0] % ranks and parameter.shape[1] % ranks == 0:
         return Shard(1)  # not dimension 1 where the ranks do not divide it: FSDP2 refuses that
     return Shard(0)
+
+
+def materialise(model: nn.Module, infra: InfraConfig, device: torch.device, stream: Stream | None) -> None:
+    """Give a model that was sharded on the meta device memory for this rank's shards, and fill them.
+
+    Args:
+        model: sharded; one whose parameters have memory stays as it is.
+        stream: the values; None leaves the shards at zero.
+    """
+    if not is_empty(model):
+        return
+    give_memory(model, torch.device("cpu") if infra.fsdp_cpu_offload else device, device)
+    if stream is not None:
+        fill(model, stream)
+        return
+    for parameter in model.parameters():
+        assert isinstance(parameter, DTensor)
+        parameter.to_local().detach().zero_()  # not memory as it was found
 
 
 class TorchEngine:

@@ -15,13 +15,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from encdec import distributed
+from encdec.checkpoints.stored import persistent_buffers
 from encdec.errors import ShardingError
+from encdec.initialization.streams import Stream, is_empty, move_buffers, trim_heap
 from encdec.training.config import FullConfig
 from encdec.training.deepspeed_config import engine_config
+from encdec.training.optimizer import make_optimizer
 
 log = logging.getLogger("encdec.train")
 
@@ -30,10 +34,10 @@ class ZeroEngine:
     """A model partitioned by DeepSpeed, parameters, gradients and optimizer state alike.
 
     Args:
-        model: whole, on ``device``, fp32; partitioned in place.
-        optimizer: over ``model``'s parameters.
+        model: fp32; partitioned in place. Whole, on ``device``, or with its parameters on the meta device.
         dtype: of the computation; DeepSpeed keeps fp32 master weights beside it, and reduces in fp32.
         micro_batch_size: samples.
+        stream: values of parameters that are on the meta device; None leaves them at zero.
     """
 
     payload = "zero3"
@@ -41,20 +45,25 @@ class ZeroEngine:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
         config: FullConfig,
         *,
         device: torch.device,
         dtype: torch.dtype,
         micro_batch_size: int,
         accumulation_steps: int,
+        stream: Stream | None = None,
     ) -> None:
         settings = engine_config(
             config, os.environ, micro_batch_size=micro_batch_size, accumulation_steps=accumulation_steps,
             world_size=distributed.world_size(), bf16=dtype == torch.bfloat16,
         )  # fmt: skip
+        empty = is_empty(model)
+        if empty:
+            move_buffers(model, device)  # DeepSpeed moves no model that is partitioned already
         with kept_buffers(model), quiet_deepspeed(device):
-            self.module = _initialize(model, optimizer, settings, device)
+            if empty:
+                _fill_partitions(model, stream, settings, dtype)
+            self.module = _initialize(model, make_optimizer(model, config), settings, device)
         self.optimizer = self.module.optimizer
         self.averaged_over = distributed.world_size()
         self._clear_padding()
@@ -122,11 +131,53 @@ def _not_split(world_size: int, found: str) -> ShardingError:
     )
 
 
-def _initialize(model: nn.Module, optimizer: Optimizer, settings: dict[str, Any], device: torch.device) -> Any:
-    """DeepSpeed's engine as Accelerate makes it, whatever launcher's variables it finds."""
+@torch.no_grad()
+def _fill_partitions(model: nn.Module, stream: Stream | None, settings: dict[str, Any], dtype: torch.dtype) -> None:
+    """Replace each parameter on the meta device by its partition; one whole parameter at a time is in memory.
+
+    DeepSpeed sends every rank the first one's values, so the others read none.
+    """
+    import deepspeed
+
+    _name_place()
+    deepspeed.init_distributed(dist.get_backend(), auto_mpi_discovery=False, verbose=False)  # around torch's own
+    partition = deepspeed.zero.Init(config_dict_or_path=settings, dtype=dtype)
+    owners = {f"{prefix}.{name}" if prefix else name: (module, name)
+              for prefix, module in model.named_modules() for name in module._parameters}  # fmt: skip
+    buffers = dict(persistent_buffers(model))
+    for name, read in stream if stream is not None else _zeros(model):
+        if name in buffers:
+            buffers[name].copy_(read(None))
+            continue
+        module, own_name = owners.pop(name)
+        described = module._parameters[own_name]
+        assert described is not None
+        first = distributed.rank() == 0
+        values = read(None).to(dtype).contiguous() if first else torch.empty(described.shape, dtype=dtype)
+        module._parameters[own_name] = nn.Parameter(values, requires_grad=described.requires_grad)
+        del values
+        partition._convert_to_zero_parameters([module._parameters[own_name]])
+        trim_heap()  # each partition would end a hole in which the next whole parameter has no room
+    unfilled = [name for name, (module, own_name) in owners.items() if module._parameters[own_name] is not None]
+    if unfilled:
+        raise ValueError(f"no values for {', '.join(unfilled[:3])}, {len(unfilled)} in all")
+
+
+def _zeros(model: nn.Module) -> Stream:
+    for name, parameter in model.named_parameters():
+        yield name, lambda piece, shape=parameter.shape: torch.zeros(shape)  # type: ignore[misc]
+
+
+def _name_place() -> None:
+    """What DeepSpeed looks for in the environment, also in one process without a launcher."""
     place = {"RANK": distributed.rank(), "WORLD_SIZE": distributed.world_size(), "LOCAL_RANK": 0}
     for name, value in place.items():
-        os.environ.setdefault(name, str(value))  # one process without a launcher
+        os.environ.setdefault(name, str(value))
+
+
+def _initialize(model: nn.Module, optimizer: Optimizer, settings: dict[str, Any], device: torch.device) -> Any:
+    """DeepSpeed's engine as Accelerate makes it, whatever launcher's variables it finds."""
+    _name_place()
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # else Accelerate chooses another number
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     # engine_config has heeded the launcher's fields; Accelerate would refuse them beside a whole configuration

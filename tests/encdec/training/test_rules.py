@@ -76,9 +76,14 @@ def test_model_too_large_for_the_node_is_refused():
     shape = resolved().config.model.from_scratch
     assert shape is not None
     assert count_parameters(shape, 512) == 35_072  # as counted at every start of the tests' runs
-    require_memory(shape, 512, ranks=2, memory=2 * 4 * 35_072)
-    with pytest.raises(ConfigError, match="35,072 parameters on 3 ranks"):
-        require_memory(shape, 512, ranks=3, memory=2 * 4 * 35_072)
+    largest = 512 * shape.hidden_size  # the embedding: each rank holds one whole parameter while it fills its shards
+    share, node = 35_072 // 2, {"ranks": 2, "world_size": 2}
+    require_memory(shape, 512, **node, on_host=True, memory=2 * 4 * (share + largest))
+    require_memory(shape, 512, **node, on_host=False, memory=2 * 4 * largest)
+    with pytest.raises(ConfigError, match="35,072 parameters over 2 ranks, 2 of them here"):
+        require_memory(shape, 512, **node, on_host=True, memory=2 * 4 * (share + largest) - 1)
+    with pytest.raises(ConfigError, match="must fit this node"):
+        require_memory(shape, 512, **node, on_host=False, memory=2 * 4 * largest - 1)
 
 
 def test_smallest_vocabulary_is_what_the_tokenizer_takes():

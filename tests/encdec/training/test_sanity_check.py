@@ -16,7 +16,7 @@ from encdec import distributed, train
 from encdec.files import RunPaths
 from encdec.training import rank
 
-build = rank.build_model
+build = rank.begin_model
 report = RunPaths(Path(sys.argv[sys.argv.index("--output_dir") + 1])).sanity_report
 
 def build_late(*arguments, **options):
@@ -24,7 +24,7 @@ def build_late(*arguments, **options):
         time.sleep(0.01)
     return build(*arguments, **options)
 
-rank.build_model = build_late
+rank.begin_model = build_late
 train.leave(train.main())
 """
 """encdec.train, all of whose ranks but the first build their model once the first has written its report."""
