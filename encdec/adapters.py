@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from encdec.errors import ConfigError
-from encdec.initialization.streams import InitialWeights, Stream, box, is_empty
+from encdec.initialization.streams import InitialWeights, Stream, box
 from encdec.training.model_options import LoraConfig
 from encdec.training.rules import require_peft
 
@@ -52,20 +53,30 @@ def add_adapters(model: Any, lora: LoraConfig, seed: int, base: str | None = Non
         task_type=peft.TaskType.SEQ_2_SEQ_LM, base_model_name_or_path=base,
     )  # fmt: skip
     _require_targets(model, lora)
-    empty = is_empty(model)
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(seed)
         peft.inject_adapter_in_model(config, model, ADAPTER)
     config.modules_to_save = list(lora.modules_to_save) or None  # ours are trained in place, without peft's wrappers
     config.inference_mode = True  # as peft saves it
     for name, module in model.named_modules():
         if name.endswith(tuple(lora.modules_to_save)):
             module.requires_grad_(True)
-    values = {name: parameter.detach() for name, parameter in model.named_parameters() if ".lora_" in name}
-    if empty:
-        for name, value in values.items():
-            place, _, own_name = name.rpartition(".")
-            model.get_submodule(place)._parameters[own_name] = nn.Parameter(value.to("meta"))
+    adapters = {name: parameter for name, parameter in model.named_parameters() if ".lora_" in name}
+    values = first_values(adapters, seed)
+    for name, parameter in adapters.items():
+        if not parameter.is_meta:
+            parameter.data.copy_(values[name])
+    return values
+
+
+def first_values(adapters: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """Name -> values, float32 on the host, as peft draws them: A uniform (Kaiming's, with a = sqrt(5)), B zero. peft
+    itself draws none for a model on the meta device.
+    """
+    generator, values = torch.Generator().manual_seed(seed), {}
+    for name, parameter in adapters.items():
+        values[name] = torch.zeros(parameter.shape)
+        if ".lora_A." in name:
+            nn.init.kaiming_uniform_(values[name], a=math.sqrt(5), generator=generator)
     return values
 
 

@@ -233,7 +233,9 @@ def _add_adapters(model: Qwen3ForSeq2SeqLM, config: FullConfig) -> dict[str, Ten
 def empty_twin(model: Qwen3ForSeq2SeqLM, config: FullConfig) -> Qwen3ForSeq2SeqLM:
     """A model that computes as ``model`` does, without memory for its weights yet (on the meta device)."""
     with torch.device("meta"):
-        return _as_configured(type(model)(model.config), config)
+        twin = type(model)(model.config)
+    _add_adapters(twin, config)
+    return _as_configured(twin, config)
 
 
 def whole_copy(model: Qwen3ForSeq2SeqLM, config: FullConfig, read: Callable[[], Stream] | None) -> Qwen3ForSeq2SeqLM:

@@ -233,7 +233,7 @@ def upcycled(dense: Qwen3ForSeq2SeqLM, k: int) -> Qwen3ForSeq2SeqLM:
 
 @pytest.mark.parametrize("k", [2, 3])
 def test_upcycled_model_computes_what_the_dense_one_does(k: int):
-    dense, inputs = small_model(num_experts=None), batch()
+    dense, inputs = small_model(num_experts=None).eval(), batch()
     before = torch.random.get_rng_state()
     made = upcycled(dense, k)
     assert torch.equal(torch.random.get_rng_state(), before)
