@@ -324,8 +324,8 @@ class Qwen3ForSeq2SeqLM(Seq2SeqInterface, Qwen3EncoderDecoderPreTrainedModel, Ge
             attention_mask: [B, S_e], 1 for tokens and 0 for padding; None where nothing is padded.
             labels: [B, S_d] target ids, -100 where there is no loss.
             decoder_input_ids: [B, S_d]; by default the labels, shifted right.
-            decoder_attention_mask: [B, P + S_d]; where the decoder's input is made from labels, by default what is
-                behind the last label of each row is padding, and its logits are 0.
+            decoder_attention_mask: [B, P + S_d]; needed where a prompt is padded on the left. Where the decoder's input
+                is made from labels, what is behind the last label of each row is padding unless this says otherwise.
             encoder_outputs: what the encoder returned before.
             past_key_values: cache to extend.
             use_cache: start a cache where none is given; off by default whenever there are labels.

@@ -35,7 +35,9 @@ def flash_can(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether this torch's flash kernels compute with such tensors."""
     if device.type == "cuda":
         fits = head_dim <= FLASH_HEAD_DIM and head_dim % FLASH_HEAD_DIM_MULTIPLE == 0
-        return dtype in FLASH_DTYPES and fits and torch.cuda.get_device_capability(device) >= (8, 0)
+        if not (fits and dtype in FLASH_DTYPES and torch.backends.cuda.is_flash_attention_available()):
+            return False
+        return torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type in ("cpu", "meta") and dtype.is_floating_point
 
 

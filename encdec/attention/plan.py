@@ -68,12 +68,13 @@ def lay_out(mask: AttentionMask, shape: torch.Size, device: torch.device) -> Seq
     Raises:
         ValueError: the mask is of another shape.
     """
-    if isinstance(mask, Sequences):
-        return mask
+    given = shape if mask is None else (mask.batch, mask.width) if isinstance(mask, Sequences) else mask.shape
+    if tuple(given) != tuple(shape):
+        raise ValueError(f"an attention mask must have the shape of its tokens, {tuple(shape)}: {tuple(given)}")
     if mask is None:
         return Sequences.whole(shape[0], shape[1], device)
-    if mask.shape != shape:
-        raise ValueError(f"an attention mask must have the shape of its tokens, {tuple(shape)}: {tuple(mask.shape)}")
+    if isinstance(mask, Sequences):
+        return mask
     return None if torch.compiler.is_compiling() else Sequences.from_mask(mask)  # how many tokens is data
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from encdec.attention.masks import positions_of
-from encdec.attention.plan import lay_out
+from encdec.attention.plan import lay_out, plan_decoder, plan_encoder
 from encdec.attention.sequences import Sequences, tokens_before_the_end
-from tests.encdec.attention.batches import UNEVEN
+from tests.encdec.attention.batches import UNEVEN, tiny_model
 
 MASKS = {
     "uneven": UNEVEN,
@@ -61,6 +61,31 @@ def test_labels_end_at_the_last_one_that_counts():
     assert tokens_before_the_end(labels, -100).int().tolist() == expected
 
 
-def test_a_mask_of_another_shape_is_refused():
-    with pytest.raises(ValueError, match=r"\(2, 3\)"):
-        lay_out(torch.ones(2, 4), torch.Size((2, 3)), torch.device("cpu"))
+@pytest.mark.parametrize("mask", [torch.ones(2, 4), Sequences.from_mask(torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]]))])
+def test_a_mask_of_another_shape_is_refused(mask):
+    with pytest.raises(ValueError, match=r"\(2, 3\): \(2, 4\)"):
+        lay_out(mask, torch.Size((2, 3)), torch.device("cpu"))
+
+
+class TestPlans:
+    """Which masks exist at all."""
+
+    EVEN, PADDED = torch.ones(2, 4), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+
+    @staticmethod
+    def masks(attention: str, mask: torch.Tensor) -> list[torch.Size | None]:
+        model, sequences, like = tiny_model(attention), Sequences.from_mask(mask), torch.zeros(1)
+        plans = (
+            plan_encoder(model.encoder, sequences, sequences, mask.shape, like),
+            plan_decoder(model.decoder, sequences, sequences, (sequences, sequences), (0, 0), 0, like),
+        )
+        assert [plan.implementation for plan in plans] == [attention] * 2
+        return [None if plan.mask is None else plan.mask.shape for plan in plans]
+
+    def test_split_needs_none(self):
+        assert self.masks("split", self.PADDED) == self.masks("split", self.EVEN) == [None, None]
+
+    @pytest.mark.parametrize("attention", ["sdpa", "eager"])
+    def test_an_encoder_without_padding_needs_none(self, attention):
+        assert self.masks(attention, self.EVEN) == [None, (1, 1, 4, 8)]
+        assert self.masks(attention, self.PADDED) == [(2, 1, 1, 4), (2, 1, 4, 8)]
