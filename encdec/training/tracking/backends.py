@@ -136,7 +136,7 @@ class WeightsAndBiases:
                 self._starts_left -= 1
 
     def _end_service(self) -> None:
-        """W&B's process holds the run's id as long as it lives."""
+        """Wait until W&B's process has ended; it holds the run's id as long as it lives."""
         with contextlib.suppress(Exception):  # it may have ended
             self._wandb.teardown()
 
@@ -175,6 +175,7 @@ class WeightsAndBiases:
 
     def close(self) -> None:
         self._surely(lambda: self._run.finish())
+        self._end_service()  # which may still write its file's last rows
         self._lock.close()
 
     def _surely(self, act: Callable[[], object], *, told_again: bool = False) -> None:
