@@ -109,7 +109,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
 def _add_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
     """total [V, H] += gradient [C, V] transposed @ hidden [C, H], summed in float32."""
     if hidden.dtype == total.dtype:
-        total.addmm_(gradient.t(), hidden)
+        torch.addmm(total, gradient.t(), hidden, out=total)  # which torch's counter of FLOPs sees, unlike addmm_
     elif hidden.is_cuda:
         total += torch.mm(gradient.t(), hidden, out_dtype=total.dtype)  # tensor cores sum in float32 anyhow
     else:
