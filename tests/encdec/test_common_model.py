@@ -349,7 +349,8 @@ class TestGeneration:
     )
     @pytest.mark.parametrize("use_cache", [True, False])
     def test_prompts_padded_on_the_left_as_prompts_alone(self, use_cache):
-        model, encoder, prompts = tiny_model(), tokens(2, 6), [tokens(4), tokens(2)]
+        model, encoder = tiny_model(), tokens(2, 6)
+        prompts = [torch.cat([torch.tensor([model.config.decoder_start_token_id]), tokens(n)]) for n in (4, 2)]
         ids, mask = padded(prompts, "left")
         arguments = self.ARGUMENTS | {"do_sample": False, "use_cache": use_cache}
         together = model.generate(encoder, decoder_input_ids=ids, decoder_attention_mask=mask, **arguments)
@@ -422,15 +423,18 @@ class TestTraining:
         assert all((parameter.grad == 0).all() for parameter in model.parameters())
 
     @pytest.mark.filterwarnings("ignore")
-    def test_compiled_it_computes_the_same(self):
-        """Where the loss is summed in pieces, whose number depends on the labels, it leaves the graph."""
+    def test_compiled_it_is_one_graph_and_computes_the_same(self):
+        """The loss in pieces among it, three of them."""
         model, inputs = tiny_model(num_encoder_layers=1, num_hidden_layers=1).train(), batch()
         expected = model(**inputs).loss
-        compiled = torch.compile(model, backend="eager")
-        loss = compiled(**inputs).loss
-        torch.testing.assert_close(loss, expected)
+        expected.backward()
+        gradients = [parameter.grad.clone() for parameter in model.parameters()]
+        model.zero_grad()
+        model.max_logits_bytes = 4 * model.config.vocab_size * 4
+        loss = torch.compile(model, backend="aot_eager", fullgraph=True)(**inputs).loss
         loss.backward()
-        assert all(parameter.grad is not None for parameter in model.parameters())
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close([parameter.grad for parameter in model.parameters()], gradients)
 
 
 def test_sentinels_begin_where_the_lab_says():
