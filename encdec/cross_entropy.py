@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 IGNORED_LABEL = -100  # torch's and transformers' mark for label positions without loss
 MAX_LOGITS_BYTES = 512 * 10**6
 """Default bound of one piece's logits in float32: 842 tokens at Qwen3's vocabulary, enough to keep a GPU busy."""
 
 
-@torch.compiler.disable  # the number of labelled tokens and of pieces depends on the data
 def chunked_cross_entropy(
     hidden_states: Tensor,
     head: Tensor,
@@ -36,6 +36,9 @@ def chunked_cross_entropy(
     Tokens without a label are dropped before the product. Gradients are those of the plain loss, the matrix's summed in
     float32 over all pieces. They are computed in the forward pass, if gradients are asked for; once differentiable.
 
+    Inside torch.compile, where numbers of tokens must not depend on data, tokens without a label pass through as well,
+    and each piece is computed again in the backward pass: one graph, in the same memory.
+
     Args:
         hidden_states: [..., H].
         head: [V, H]; of the same type, or float32 under autocast.
@@ -46,7 +49,12 @@ def chunked_cross_entropy(
     Returns:
         A float32 scalar.
     """
-    flat_labels = labels.flatten()
+    flat_labels, piece = labels.flatten(), tokens_per_piece(head.shape[0], max_logits_bytes)
+    if torch.compiler.is_compiling():
+        total = _recomputed_cross_entropy(hidden_states.flatten(0, -2), head, flat_labels, piece)
+        if num_items_in_batch is None:
+            return total / (flat_labels != IGNORED_LABEL).sum().clamp(min=1)
+        return total / num_items_in_batch
     labelled = (flat_labels != IGNORED_LABEL).nonzero().squeeze(1)  # [N]
     kept, targets = hidden_states.flatten(0, -2)[labelled], flat_labels[labelled]
     device = hidden_states.device.type
@@ -54,15 +62,29 @@ def chunked_cross_entropy(
         dtype = torch.get_autocast_dtype(device)
         kept, head = kept.to(dtype), head.to(dtype)
     with torch.autocast(device, enabled=False):
-        total = _SummedCrossEntropy.apply(
-            kept, head, targets, tokens_per_piece(head.shape[0], max_logits_bytes), torch.is_grad_enabled()
-        )
+        total = _SummedCrossEntropy.apply(kept, head, targets, piece, torch.is_grad_enabled())
     return total / (max(1, len(targets)) if num_items_in_batch is None else num_items_in_batch)
 
 
 def tokens_per_piece(vocabulary: int, max_logits_bytes: int) -> int:
     """C: tokens whose float32 logits fit the bound; one at least."""
     return max(1, max_logits_bytes // (vocabulary * torch.float32.itemsize))
+
+
+def _recomputed_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, piece: int) -> Tensor:
+    """Sum over labelled tokens, float32; [T, H], [V, H] and [T] -> []. All pieces in a graph, none of them kept."""
+
+    def of_piece(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+        logits = F.linear(hidden, head).float()
+        return F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="sum")
+
+    if len(hidden) <= piece:
+        return of_piece(hidden, head, labels)
+    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    for first in range(0, len(hidden), piece):
+        here = slice(first, first + piece)
+        total = total + checkpoint(of_piece, hidden[here], head, labels[here], use_reentrant=False)
+    return total
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
@@ -109,7 +131,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
 def _add_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
     """total [V, H] += gradient [C, V] transposed @ hidden [C, H], summed in float32."""
     if hidden.dtype == total.dtype:
-        total.addmm_(gradient.t(), hidden)
+        torch.addmm(total, gradient.t(), hidden, out=total)  # which torch's counter of FLOPs sees, unlike addmm_
     elif hidden.is_cuda:
         total += torch.mm(gradient.t(), hidden, out_dtype=total.dtype)  # tensor cores sum in float32 anyhow
     else:

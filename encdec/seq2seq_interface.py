@@ -94,7 +94,7 @@ class Seq2SeqInterface:
                 check_token_ids(name, ids, self.config.vocab_size)
                 check_length(name, ids.shape[-1], self.config)
         if torch.is_tensor(inputs) and inputs.ndim == 2 and kwargs.get("attention_mask") is None:
-            kwargs["attention_mask"] = torch.ne(inputs, self.config.pad_token_id or 0).long()
+            kwargs["attention_mask"] = inputs.ne(self.config.pad_token_id or 0).long()
         return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
 
     def save_pretrained(self, save_directory: str | Path, *, is_main_process: bool = True, **kwargs: Any) -> None:

@@ -418,15 +418,18 @@ class TestTraining:
         assert all((parameter.grad == 0).all() for parameter in model.parameters())
 
     @pytest.mark.filterwarnings("ignore")
-    def test_compiled_it_computes_the_same(self):
-        """Where the loss is summed in pieces, whose number depends on the labels, it leaves the graph."""
+    def test_compiled_it_is_one_graph_and_computes_the_same(self):
+        """The loss in pieces among it, three of them."""
         model, inputs = tiny_model(num_encoder_layers=1, num_hidden_layers=1).train(), batch()
         expected = model(**inputs).loss
-        compiled = torch.compile(model, backend="aot_eager")
-        loss = compiled(**inputs).loss
-        torch.testing.assert_close(loss, expected)
+        expected.backward()
+        gradients = [parameter.grad.clone() for parameter in model.parameters()]
+        model.zero_grad()
+        model.max_logits_bytes = 4 * model.config.vocab_size * 4
+        loss = torch.compile(model, backend="aot_eager", fullgraph=True)(**inputs).loss
         loss.backward()
-        assert all(parameter.grad is not None for parameter in model.parameters())
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close([parameter.grad for parameter in model.parameters()], gradients)
 
 
 def test_sentinels_begin_where_the_lab_says():

@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from encdec import hub_code
+from encdec.errors import EncdecError
 from encdec.model_card import MODEL_CARD, model_card
 from encdec.tokenization_qwen3_encdec import Qwen3EncoderDecoderTokenizer
 from tests.encdec.tiny_model import tiny_model
@@ -85,7 +86,28 @@ def test_code_is_complete_and_imports_nothing_of_the_package():
     assert set(sources) >= {"modeling_qwen3_encdec", "configuration_qwen3_encdec", "merged_attention", "errors"}
     for name, text in sources.items():
         assert not re.search(r"^\s*(from|import) encdec", text, re.MULTILINE), name
-        assert set(re.findall(r"^\s*from \.([\w.]+) import", text, re.MULTILINE)) <= set(sources), name
+        assert set(re.findall(r"^\s*from \.(\w+) import", text, re.MULTILINE)) <= set(sources), name
+
+
+def test_packages_are_laid_flat(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(hub_code, "MODULES", ("training.model_sizes",))
+    sources = hub_code.sources()
+    assert {"training_model_sizes", "training_config", "estimates"} <= set(sources)
+    assert "from .training_config import" in sources["training_model_sizes"]
+    assert "from encdec" not in "".join(re.findall(r"^.* import ", "\n".join(sources.values()), re.MULTILINE))
+
+
+@pytest.mark.parametrize(
+    "line", ["from encdec import files", "import encdec.files", "from encdec.data import collator"]
+)
+def test_an_import_that_a_flat_folder_cannot_follow_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, line):
+    (tmp_path / "encdec").mkdir()
+    (tmp_path / "encdec" / "hub_code.py").write_text("")
+    (tmp_path / "encdec" / "model.py").write_text(f"{line}\n")
+    monkeypatch.setattr(hub_code, "__file__", str(tmp_path / "encdec" / "hub_code.py"))
+    monkeypatch.setattr(hub_code, "MODULES", ("model",))
+    with pytest.raises(EncdecError, match=rf"must be names of a module, .*, found {line[:13]}"):
+        hub_code.write_code(tmp_path / "encdec")
 
 
 def test_the_card_says_what_is_known_and_no_more(folder: Path):
