@@ -115,14 +115,22 @@ def _check_gradients(model: nn.Module, loss: Tensor, report: SanityReport) -> No
     report.add("backward", True, "done")
     for side in ("encoder", "decoder"):
         # each stack's own layers: the embedding gets gradients from both
-        # each stack's own layers: the embedding gets gradients from both; an adapter's A has none before B has moved
-        trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad and ".lora_A." not in n]
-        silent = [n for n, p in trained if n.startswith(f"{side}.layers.") and not _has_gradient(p)]
+        # each stack's own layers: the embedding gets gradients from both
+        silent = [n for n, p in _learning(model) if n.startswith(f"{side}.layers.") and not _has_gradient(p)]
         report.add(
             f"{side}_gradients", not silent, f"none in {silent[:3]}" if silent else "every layer parameter has one"
         )
     norm = _norm(p.grad for p in model.parameters() if p.grad is not None)
     report.add("gradient_norm", 0 < norm < MAX_GRAD_NORM, f"{norm:.4f}, must lie in (0, {MAX_GRAD_NORM:g})")
+
+
+def _learning(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
+    """Parameters that must have a gradient: all, or with low-rank adapters those that they leave; an adapter's A has
+    none before its B, zero at first, has moved.
+    """
+    if not hasattr(model, "peft_config"):
+        return model.named_parameters()
+    return ((name, p) for name, p in model.named_parameters() if p.requires_grad and ".lora_A." not in name)
 
 
 def _has_gradient(parameter: nn.Parameter) -> bool:

@@ -112,7 +112,8 @@ def _read_shape(path: Path, model: ModelConfig) -> Shape | None:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         shape = ArchitectureConfig(**{key: values[key] for key in ArchitectureConfig.model_fields})
-        rows = _grown(int(values["vocab_size"]), model.num_sentinel_tokens)
+        own, rows = values.get("model_type") == "qwen3_encdec", int(values["vocab_size"])
+        rows = rows if own else _grown(rows, model.num_sentinel_tokens)  # ours has its sentinels already
         if values.get("num_experts") is not None:
             return Shape(shape, rows, int(values["num_experts"]), int(values["num_experts_per_tok"]))
         return Shape(shape, rows, model.n_experts, model.top_k)

@@ -19,6 +19,7 @@ from encdec.checkpoints.manifest import verify
 from encdec.checkpoints.model_files import keep_model_files
 from encdec.training.build import build_model
 from encdec.training.engines.fsdp2 import placement
+from encdec.training.model_sizes import model_size
 from encdec.training.muon import orthogonalized_stack, torch_step
 from encdec.training.run_config import resolve_run
 from tests.conftest import MICRO
@@ -81,6 +82,29 @@ def test_exported_model_generates(made: Made, two_ranks: Scene, tmp_path: Path):
 
 def micro_config():
     return resolve_run(None, config_file=MICRO, settings=EXPERTS).config
+
+
+def test_dense_folder_is_where_experts_and_adapters_start_from(made: Made, tmp_path: Path):
+    """What the configuration says, through build_model, to the model and to the adapter's own configuration."""
+    tokenizer = made.tokenizer()
+    dense = build_model(resolve_run(None, config_file=MICRO).config, tokenizer)
+    dense.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    start = ["model.from_scratch=null", f"model.model_name_or_path={tmp_path}", "model.train_tokenizer_vocab_size=null"]
+    experts, empty = (
+        build_model(resolve_run(None, config_file=MICRO, settings=[*start, *EXPERTS]).config, tokenizer, fill=fill)
+        for fill in (True, False)
+    )
+    ids = torch.tensor([[5, 6, 7, 8]])
+    found, wanted = (model(input_ids=ids, labels=ids) for model in (experts, dense))
+    torch.testing.assert_close(found.logits, wanted.logits, rtol=1e-5, atol=1e-5)
+    assert experts.config.router_aux_loss_coef == 0.05
+    assert {n: p.shape for n, p in empty.named_parameters()} == {n: p.shape for n, p in experts.named_parameters()}
+    settings = resolve_run(None, config_file=MICRO, settings=[*start, *EXPERTS, "model.lora.rank=2"]).config
+    adapted, size = build_model(settings, tokenizer), model_size(settings.model)
+    assert adapted.peft_config["default"].base_model_name_or_path == str(tmp_path)
+    assert size is not None and size.parameters == sum(p.numel() for p in adapted.parameters())
+    assert size.inactive == sum(p.numel() for p in adapted.parameters() if p.ndim == 3) // 3
 
 
 # ---- sharding and Muon
