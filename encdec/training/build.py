@@ -106,14 +106,19 @@ def _tokenizer(config: FullConfig, corpus: Corpus, first: bool) -> Qwen3EncoderD
     model = config.model
     if model.train_tokenizer_vocab_size is None:
         name = model.tokenizer_name_or_path or model.model_name_or_path
-        return Qwen3EncoderDecoderTokenizer.from_pretrained(name, num_sentinel_tokens=model.num_sentinel_tokens)
-    facts = (corpus.fingerprint(), model.train_tokenizer_vocab_size, model.num_sentinel_tokens)
+        return Qwen3EncoderDecoderTokenizer.from_pretrained(
+            name, num_sentinel_tokens=model.num_sentinel_tokens, mode_tokens=model.use_mode_tokens
+        )
+    facts = [corpus.fingerprint(), model.train_tokenizer_vocab_size, model.num_sentinel_tokens]
+    if model.use_mode_tokens:
+        facts.append("mode tokens")
     folder = Path(config.data.packed_dir) / f"tokenizer-{_short_digest(*facts)}"
     if first and not folder.is_dir():
         log.info("training a tokenizer of %d entries on %s", model.train_tokenizer_vocab_size, corpus.description)
         made = Qwen3EncoderDecoderTokenizer.train_from_texts(
-            corpus.documents(), model.train_tokenizer_vocab_size, model.num_sentinel_tokens
-        )
+            corpus.documents(), model.train_tokenizer_vocab_size, model.num_sentinel_tokens,
+            mode_tokens=model.use_mode_tokens,
+        )  # fmt: skip
         try:
             with staged_directory(folder) as staging:
                 made.save_pretrained(staging)
@@ -297,6 +302,7 @@ def make_collator(config: FullConfig, tokenizer: Qwen3EncoderDecoderTokenizer, s
         config.data.max_decoder_length,
         task_weights=tuple(config.data.ul2_task_weights),
         seed=seed,
+        mode_token_ids=tokenizer.mode_token_ids,
     )
 
 

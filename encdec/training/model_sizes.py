@@ -8,6 +8,7 @@ from pathlib import Path
 from encdec.estimates import LayerWidths, ModelSize
 from encdec.training.config import ArchitectureConfig, ModelConfig
 from encdec.training.rules import count_parameters
+from encdec.vocabulary import MODE_TOKENS
 
 QWEN3_ROWS, QWEN3_USED_ROWS = 151_936, 151_669
 """Of the embedding that all Qwen3 models have, and of that those that its tokenizer uses."""
@@ -59,28 +60,33 @@ def _shape_of(model: ModelConfig) -> tuple[ArchitectureConfig, int] | None:
         rows = model.train_tokenizer_vocab_size or _rows_of_tokenizer(model)
         return (model.from_scratch, rows) if rows else None
     if Path(model.model_name_or_path, "config.json").is_file():
-        return _read_shape(Path(model.model_name_or_path, "config.json"), model.num_sentinel_tokens)
+        return _read_shape(Path(model.model_name_or_path, "config.json"), _added(model))
     name = model.model_name_or_path.rpartition("/")[2].removesuffix("-Base")
-    return (QWEN3_SHAPES[name], _grown(QWEN3_ROWS, model.num_sentinel_tokens)) if name in QWEN3_SHAPES else None
+    return (QWEN3_SHAPES[name], _grown(QWEN3_ROWS, _added(model))) if name in QWEN3_SHAPES else None
 
 
 def _rows_of_tokenizer(model: ModelConfig) -> int | None:
     """Entries of a tokenizer that is named; Qwen3's are known, and its sentinels come on top."""
     name = (model.tokenizer_name_or_path or model.model_name_or_path).rpartition("/")[2].removesuffix("-Base")
-    return QWEN3_USED_ROWS + model.num_sentinel_tokens if name in QWEN3_SHAPES else None
+    return QWEN3_USED_ROWS + _added(model) if name in QWEN3_SHAPES else None
 
 
-def _read_shape(path: Path, sentinels: int) -> tuple[ArchitectureConfig, int] | None:
+def _added(model: ModelConfig) -> int:
+    """Tokens that a tokenizer gets beside its own: sentinels, mode tokens."""
+    return model.num_sentinel_tokens + len(MODE_TOKENS) * model.use_mode_tokens
+
+
+def _read_shape(path: Path, added: int) -> tuple[ArchitectureConfig, int] | None:
     """What a saved Qwen3's config.json says; None if it is not one's."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         shape = ArchitectureConfig(**{key: values[key] for key in ArchitectureConfig.model_fields})
-        return shape, _grown(int(values["vocab_size"]), sentinels)
+        return shape, _grown(int(values["vocab_size"]), added)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _grown(rows: int, sentinels: int) -> int:
-    """Rows with room for the sentinels: Qwen3's own embedding has some that its tokenizer leaves unused."""
-    needed = (QWEN3_USED_ROWS if rows == QWEN3_ROWS else rows) + sentinels
+def _grown(rows: int, added: int) -> int:
+    """Rows with room for added tokens: Qwen3's own embedding has some that its tokenizer leaves unused."""
+    needed = (QWEN3_USED_ROWS if rows == QWEN3_ROWS else rows) + added
     return rows if needed <= rows else -(-needed // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
