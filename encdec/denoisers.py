@@ -29,6 +29,11 @@ class Denoiser:
     weight: float
     """Default share of samples that get this task, relative to the other weights."""
 
+    @property
+    def mode_token(self) -> str:
+        """UL2's name of its kind, which may open the encoder input."""
+        return f"[{self.name[0]}]"
+
     def counts(self, sample_length: int, num_sentinels: int) -> tuple[int, int]:
         """(N noise tokens, s spans) of a sample of L tokens, with L >= 2.
 

@@ -22,9 +22,10 @@ from encdec.model_checks import CHECKS, LOADING, Check, SanityReport, check_mode
 from encdec.modeling_qwen3_encdec import Qwen3ForSeq2SeqLM
 from encdec.pipeline.scale_run import load_trained
 from encdec.tokenization_qwen3_encdec import Qwen3EncoderDecoderTokenizer
-from encdec.training.build import build_model, load_tokenizer_of
+from encdec.training.build import build_model
 from encdec.training.config import FullConfig
 from encdec.training.run_config import read_run_config, resolve_run
+from encdec.training.text import load_tokenizer_of
 
 __all__ = ["Check", "SanityReport", "check_model", "main"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

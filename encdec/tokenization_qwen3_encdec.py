@@ -251,7 +251,7 @@ class Qwen3EncoderDecoderTokenizer(Qwen2Tokenizer):
             raise ConfigError(
                 f"a tokenizer must have all of {', '.join(MODE_TOKENS)} or none, as it was made",
                 found=f"{present} of them and mode_tokens={wanted}",
-                remedy="Leave mode_tokens out, or start from a tokenizer without them",
+                remedy="Set model.use_mode_tokens (mode_tokens) as the tokenizer has it, or start from another one",
             )
 
     def _ensure_sentinels(self, count: int) -> None:

@@ -44,6 +44,7 @@ class UL2DataCollator:
         task_weights: shares of the tasks of UL2_DENOISERS.
         seed: key of the corruption, beside epoch and sample id.
         pad_to_multiple_of: widths are rounded up to this where the limits allow it.
+        mode_token_ids: the tokenizer's, to open each encoder input with the one of its task; or none.
 
     Raises:
         ConfigError: bad weights or sentinels.
@@ -58,12 +59,15 @@ class UL2DataCollator:
         task_weights: Sequence[float] = (1, 1, 1, 1, 4),
         seed: int = 42,
         pad_to_multiple_of: int = 8,
+        mode_token_ids: Sequence[int] = (),
     ) -> None:
         if pad_to_multiple_of < 1:
             raise ConfigError("pad_to_multiple_of must be at least 1", found=pad_to_multiple_of, remedy="Use 8")
         self.max_encoder_length, self.max_decoder_length = max_encoder_length, max_decoder_length
         self.pad_token_id, self.pad_to_multiple_of = int(tokenizer.pad_token_id), pad_to_multiple_of
-        self.corruptor = UL2Corruptor(tokenizer.sentinel_ids, tokenizer.eos_token_id, task_weights, seed)
+        self.corruptor = UL2Corruptor(
+            tokenizer.sentinel_ids, tokenizer.eos_token_id, task_weights, seed, mode_token_ids
+        )
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
         """One batch, with the tensors that the module's head lists.

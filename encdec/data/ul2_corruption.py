@@ -4,7 +4,7 @@ Shapes: B samples, L raw tokens per sample, N noise tokens, K = L - N kept token
 S_e = K + s + 1 encoder tokens, S_d = N + s + 1 decoder tokens (the + 1 is EOS on either side).
 
     tokens   k k k n n k k n            k: kept, n: noise; keep first, noise last
-    encoder  k k k <0> k k <1> EOS      each span is replaced by its sentinel
+    encoder  k k k <0> k k <1> EOS      each span is replaced by its sentinel; a mode token may come before, not in S_e
     decoder  <0> n n <1> n EOS          each sentinel is followed by the span it stands for
 
 Both sides are laid out from one span list, so they cannot disagree. Which task a sample gets, and where its spans lie,
@@ -27,6 +27,7 @@ from encdec.data.randomness import GOLDEN64, WORD_MASK, key_of, mix64
 from encdec.data.spans import Section, lay_out, segment_lengths
 from encdec.denoisers import UL2_DENOISERS, checked_task_weights
 from encdec.errors import ConfigError, DataError
+from encdec.vocabulary import MODE_TOKENS
 
 IGNORED_LABEL = -100
 """Label that the loss skips (torch's `cross_entropy` default)."""
@@ -47,7 +48,7 @@ class CorruptedBatch(NamedTuple):
     encoder_ids: np.ndarray
     """[B, width >= max S_e] int64."""
     encoder_lengths: np.ndarray
-    """[B] int64, S_e of each row."""
+    """[B] int64, S_e of each row; one more with mode tokens."""
     decoder_ids: np.ndarray
     """[B, width >= max S_d] int64: the targets, not shifted."""
     decoder_lengths: np.ndarray
@@ -64,6 +65,7 @@ class UL2Corruptor:
         eos_token_id: id that ends both sides.
         task_weights: shares of the tasks of UL2_DENOISERS, in that order.
         seed: changes tasks and spans of every sample.
+        mode_token_ids: ids of vocabulary.MODE_TOKENS, one of which then opens each encoder input; or none.
 
     Raises:
         ConfigError: no sentinels, a sentinel twice, a sentinel that is EOS, or bad weights.
@@ -75,6 +77,7 @@ class UL2Corruptor:
         eos_token_id: int,
         task_weights: Sequence[float] = (1, 1, 1, 1, 4),
         seed: int = 42,
+        mode_token_ids: Sequence[int] = (),
     ) -> None:
         sentinels = [int(sentinel) for sentinel in sentinel_ids]
         if not sentinels or len({*sentinels, int(eos_token_id)}) != len(sentinels) + 1:
@@ -86,6 +89,10 @@ class UL2Corruptor:
         self.sentinel_ids = np.array(sentinels, dtype=np.int64)
         self.eos_token_id = int(eos_token_id)
         self.task_weights = checked_task_weights(task_weights)
+        modes = dict(zip(MODE_TOKENS, map(int, mode_token_ids), strict=bool(mode_token_ids)))
+        of_task = [modes[denoiser.mode_token] for denoiser in UL2_DENOISERS] if modes else []
+        self._mode_of_task = np.array(of_task, dtype=np.int64)
+        """[tasks], or empty without mode tokens."""
         self.seed = int(seed)
         self._seed_key = np.uint64(key_of(self.seed))
         self._cumulative_weights = np.cumsum(self.task_weights) / np.sum(self.task_weights)
@@ -100,7 +107,10 @@ class UL2Corruptor:
         return sample_length - noise + spans + 1, noise + spans + 1
 
     def corrupt(self, tokens: np.ndarray, epoch: int, sample_id: int) -> tuple[np.ndarray, np.ndarray]:
-        """(encoder ids [S_e], decoder ids [S_d]) of one sample, tokens [L]; both int64 and ending in EOS."""
+        """(encoder ids [S_e], decoder ids [S_d]) of one sample, tokens [L]; both int64 and ending in EOS.
+
+        With mode tokens the encoder side is one longer.
+        """
         batch = self.corrupt_batch(np.asarray(tokens)[None, :], [(epoch, sample_id)])
         return batch.encoder_ids[0], batch.decoder_ids[0]
 
@@ -120,7 +130,8 @@ class UL2Corruptor:
         Args:
             tokens: [B, L] integers, L >= 2.
             keys: B pairs (epoch, sample id).
-            encoder_limit, decoder_limit: the most columns the results may have; None is any number.
+            encoder_limit, decoder_limit: the most columns the results may have, a mode token included; None is any
+                number.
             width_multiple: columns are rounded up to a multiple of this, as far as the limit allows.
             encoder_padding, decoder_padding: values behind the end of a row.
 
@@ -137,8 +148,10 @@ class UL2Corruptor:
             )
         tasks = self._tasks_from(words)
         encoder_lengths, decoder_lengths = self.side_lengths(tokens.shape[1], tasks)
+        opened = int(self._mode_of_task.size > 0)
+        encoder = _padded(encoder_lengths + opened, encoder_limit, width_multiple, encoder_padding, "encoder")
         batch = CorruptedBatch(
-            _padded(encoder_lengths, encoder_limit, width_multiple, encoder_padding, "encoder"),
+            encoder[:, opened:],
             encoder_lengths,
             _padded(decoder_lengths, decoder_limit, width_multiple, decoder_padding, "decoder"),
             decoder_lengths,
@@ -153,7 +166,10 @@ class UL2Corruptor:
         every_row = np.arange(len(tasks))
         batch.encoder_ids[every_row, encoder_lengths - 1] = self.eos_token_id
         batch.decoder_ids[every_row, decoder_lengths - 1] = self.eos_token_id
-        return batch
+        if not opened:
+            return batch
+        encoder[:, 0] = self._mode_of_task[tasks]
+        return batch._replace(encoder_ids=encoder, encoder_lengths=encoder_lengths + 1)
 
     def _sample_words(self, keys: Sequence[SampleKey] | np.ndarray) -> np.ndarray:
         """[B] uint64: one random word per sample, from (seed, epoch, sample id)."""

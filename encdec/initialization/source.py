@@ -75,7 +75,7 @@ class SourceFiles:
         self._open: tuple[Path, Any] | None = None
         index = directory / INDEX
         listed = _listed(index) if index.is_file() else None
-        paths = sorted(directory.glob("*.safetensors")) if listed is None else _paths(directory, listed)
+        paths = _unlisted(directory) if listed is None else _paths(directory, listed)
         if not paths:
             raise _incomplete(f"none in {directory}")
         tensors: dict[str, Tensor] = {}
@@ -83,6 +83,8 @@ class SourceFiles:
             headers = self._headers(path)
             if listed is not None:
                 _require_as_listed(path, set(headers), {name for name, file in listed.items() if file == path.name})
+            if twice := sorted(tensors.keys() & headers.keys()):
+                raise _incomplete(f"{twice[0]} in {self.files[twice[0]].name} and in {path.name}, without an index")
             tensors |= headers
             self.files |= dict.fromkeys(headers, path)
         self.tensors = tensors
@@ -147,6 +149,12 @@ def _listed(index: Path) -> dict[str, str]:
 
 def _is_plain(name: object) -> bool:
     return isinstance(name, str) and Path(name).name == name
+
+
+def _unlisted(directory: Path) -> list[Path]:
+    """Files of a directory without an index: the one that transformers would take, else all."""
+    usual = directory / "model.safetensors"
+    return [usual] if usual.is_file() else sorted(directory.glob("*.safetensors"))
 
 
 def _paths(directory: Path, listed: Mapping[str, str]) -> list[Path]:

@@ -142,13 +142,16 @@ class Evaluation:
     def answer(self, question: str, max_new_tokens: int) -> str:
         """What the model writes behind ``question``: as in S denoising, the rest of a text that a sentinel stands for.
 
-        The encoder reads question, sentinel, end; the decoder begins with the sentinel and goes on to the end.
+        The encoder reads question, sentinel, end, behind the mode token where there is one; the decoder begins with the
+        sentinel and goes on to the end.
         """
         tokenizer = self.tokenizer
         if tokenizer is None:
             raise NotMeasured("no tokenizer given")
         sentinel, end = tokenizer.sentinel_ids[0], tokenizer.eos_token_id
-        encoder = torch.tensor([[*tokenizer.encode_documents([question])[0], sentinel, end]], device=self.device)
+        asked = tokenizer.mode_token_ids[1:2]  # [S], where training has it
+        document = tokenizer.encode_documents([question])[0]
+        encoder = torch.tensor([[*asked, *document, sentinel, end]], device=self.device)
         begin = torch.tensor([[tokenizer.decoder_start_token_id, sentinel]], device=self.device)
         made = self.generate(encoder, decoder_input_ids=begin, max_new_tokens=max_new_tokens)[0].tolist()
         stops = {end, tokenizer.pad_token_id, *tokenizer.sentinel_ids}

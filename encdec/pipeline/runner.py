@@ -30,10 +30,11 @@ from encdec.pipeline.scale_run import (
 )
 from encdec.pipeline.scales import ModelScale, scales_between
 from encdec.pipeline.validator import LEVELS, PipelineValidator, Verdict, asked_at
-from encdec.training.build import evaluation_batches, make_collator, prepare_text
+from encdec.training.build import evaluation_batches, make_collator
 from encdec.training.execution import LoopGates
 from encdec.training.phase_overrides import CustomGate
 from encdec.training.run_config import RunConfig, read_run_config
+from encdec.training.text import prepare_text
 
 log = logging.getLogger("encdec.pipeline")
 

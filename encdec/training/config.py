@@ -41,6 +41,8 @@ class ModelConfig(Section):
     """Qwen2/Qwen3 tokenizer (hub id or directory); the same as the model unless given."""
     num_sentinel_tokens: Annotated[int, Field(gt=0, le=2**16)] = 100
     """Sentinels for span corruption; also the most spans one example can have."""
+    use_mode_tokens: bool = False
+    """Open each encoder input with UL2's [R], [S] or [X], which says what kind of denoising is asked for."""
     use_flash_attention: bool = True
     """Fused attention, by the implementation below. False: plain matrix products (eager)."""
     attn_implementation: Literal["auto", "split", "flex_attention", "sdpa", "eager"] = "auto"

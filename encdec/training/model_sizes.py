@@ -11,6 +11,7 @@ from encdec.estimates import LayerWidths, ModelSize
 from encdec.training.config import ArchitectureConfig, ModelConfig
 from encdec.training.model_options import LoraConfig
 from encdec.training.rules import count_feed_forward_parameters, count_parameters
+from encdec.vocabulary import MODE_TOKENS
 
 QWEN3_ROWS, QWEN3_USED_ROWS = 151_936, 151_669
 """Of the embedding that all Qwen3 models have, and of that those that its tokenizer uses."""
@@ -98,13 +99,18 @@ def _shape_of(model: ModelConfig) -> Shape | None:
     name = model.model_name_or_path.rpartition("/")[2].removesuffix("-Base")
     if name not in QWEN3_SHAPES:
         return None
-    return Shape(QWEN3_SHAPES[name], _grown(QWEN3_ROWS, model.num_sentinel_tokens), model.n_experts, model.top_k)
+    return Shape(QWEN3_SHAPES[name], _grown(QWEN3_ROWS, _added(model)), model.n_experts, model.top_k)
 
 
 def _rows_of_tokenizer(model: ModelConfig) -> int | None:
     """Entries of a tokenizer that is named; Qwen3's are known, and its sentinels come on top."""
     name = (model.tokenizer_name_or_path or model.model_name_or_path).rpartition("/")[2].removesuffix("-Base")
-    return QWEN3_USED_ROWS + model.num_sentinel_tokens if name in QWEN3_SHAPES else None
+    return QWEN3_USED_ROWS + _added(model) if name in QWEN3_SHAPES else None
+
+
+def _added(model: ModelConfig) -> int:
+    """Tokens that a tokenizer gets beside its own: sentinels, mode tokens."""
+    return model.num_sentinel_tokens + len(MODE_TOKENS) * model.use_mode_tokens
 
 
 def _read_shape(path: Path, model: ModelConfig) -> Shape | None:
@@ -113,7 +119,7 @@ def _read_shape(path: Path, model: ModelConfig) -> Shape | None:
         values = json.loads(path.read_text(encoding="utf-8"))
         shape = ArchitectureConfig(**{key: values[key] for key in ArchitectureConfig.model_fields})
         own, rows = values.get("model_type") == "qwen3_encdec", int(values["vocab_size"])
-        rows = rows if own else _grown(rows, model.num_sentinel_tokens)  # ours has its sentinels already
+        rows = rows if own else _grown(rows, _added(model))  # ours has its sentinels already
         if values.get("num_experts") is not None:
             return Shape(shape, rows, int(values["num_experts"]), int(values["num_experts_per_tok"]))
         return Shape(shape, rows, model.n_experts, model.top_k)
@@ -121,7 +127,7 @@ def _read_shape(path: Path, model: ModelConfig) -> Shape | None:
         return None
 
 
-def _grown(rows: int, sentinels: int) -> int:
-    """Rows with room for the sentinels: Qwen3's own embedding has some that its tokenizer leaves unused."""
-    needed = (QWEN3_USED_ROWS if rows == QWEN3_ROWS else rows) + sentinels
+def _grown(rows: int, added: int) -> int:
+    """Rows with room for added tokens: Qwen3's own embedding has some that its tokenizer leaves unused."""
+    needed = (QWEN3_USED_ROWS if rows == QWEN3_ROWS else rows) + added
     return rows if needed <= rows else -(-needed // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE

@@ -103,13 +103,17 @@ class Opening:
             CheckpointError: they are of another model.
             ConfigError: what was given is no model of this architecture.
         """
-        weights = self._weights(model)
+        return self._values(self._weights(model))
+
+    def _values(self, weights: Weights) -> Stream:
         hasher = blake3()
         for name in sorted(weights.tensors):
             if distributed.rank():
                 yield name, functools.partial(weights.read, name)
                 continue
-            values = weights.read(name).float()
+            values = weights.read(name)
+            if not self._is_checkpoint:
+                values = values.float()  # as training holds them
             feed_tensor(hasher, name, values)
             yield name, functools.partial(box, values)
         self._found = hasher.hexdigest()

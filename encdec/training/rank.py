@@ -29,7 +29,7 @@ from encdec.redaction import Redacting, redact
 from encdec.tokenization_qwen3_encdec import Qwen3EncoderDecoderTokenizer
 from encdec.training import sharding, storage
 from encdec.training.alerts import ending_of
-from encdec.training.build import build_trainer, empty_model, plan_model, prepare_text, whole_copy
+from encdec.training.build import build_trainer, empty_model, plan_model, whole_copy
 from encdec.training.config import FullConfig
 from encdec.training.execution import LoopGates, TrainingPhase
 from encdec.training.finish import check_sanity, finish
@@ -37,6 +37,7 @@ from encdec.training.origin import Opening, has_checkpoint, require_origin, requ
 from encdec.training.run_config import RunConfig, read_run_config
 from encdec.training.signals import Requests
 from encdec.training.start_up import StartUp
+from encdec.training.text import prepare_text
 from encdec.training.trainer import Qwen3EncoderDecoderTrainer
 
 log = logging.getLogger("encdec.train")

@@ -104,7 +104,7 @@ def count_feed_forward_parameters(shape: ArchitectureConfig) -> int:
 def _require_room_in_vocabulary(config: FullConfig) -> None:
     """A trained tokenizer has at least its bytes, padding, end and sentinels."""
     size, sentinels = config.model.train_tokenizer_vocab_size, config.model.num_sentinel_tokens
-    least = smallest_vocabulary(sentinels)
+    least = smallest_vocabulary(sentinels, mode_tokens=config.model.use_mode_tokens)
     if size is not None and size < least:
         raise ConfigError(
             f"model.train_tokenizer_vocab_size must hold {BYTE_ALPHABET_SIZE} bytes, padding, end and "

@@ -306,7 +306,7 @@ def _with_arithmetic(
     training, data = config.training, config.data
     world_size = nodes * ranks
     length = raw_sample_length(
-        data.max_encoder_length, data.max_decoder_length, data.max_seq_length,
+        data.max_encoder_length - config.model.use_mode_tokens, data.max_decoder_length, data.max_seq_length,
         config.model.num_sentinel_tokens, data.ul2_task_weights,
     )  # fmt: skip
     micro = training.per_device_train_batch_size

@@ -51,6 +51,8 @@ def test_a_saved_model(exported: Path, tmp_path: Path, capsys: pytest.CaptureFix
 def test_a_run_and_a_runs_configuration(lab: Lab, twin: RunPaths, capsys: pytest.CaptureFixture[str]):
     verdicts(capsys, "--model-path", str(twin.root), code=0)
     verdicts(capsys, "--config", str(MICRO), "--set", f"data.packed_dir={lab.packed}", code=0)
+    modes = ["--set", "model.use_mode_tokens=true", "--set", f"data.packed_dir={lab.packed}"]
+    verdicts(capsys, "--config", str(MICRO), *modes, code=0)
     seen = capsys.readouterr()
     assert main(["--config", str(MICRO), "--set", "model.from_scratch.head_dim=3"]) == 78
     assert seen.err == "" and "head_dim" in capsys.readouterr().err

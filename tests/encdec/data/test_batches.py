@@ -17,7 +17,7 @@ from encdec.data.collator import UL2DataCollator
 from encdec.data.packing import open_packed
 from encdec.data.sampler import GlobalBatchSampler
 from encdec.data.ul2_dataset import EvaluationBatches, UL2Dataset, build_dataloader, create_ul2_dataset
-from encdec.denoisers import raw_sample_length
+from encdec.denoisers import UL2_DENOISERS, raw_sample_length
 from encdec.errors import ConfigError
 
 LENGTH = raw_sample_length(96, 96, 512, 100)
@@ -160,3 +160,20 @@ def test_a_dataset_is_packed_once_per_what_it_was_made_from(tmp_path):
         dataset = create_ul2_dataset(str(tmp_path / "a.txt"), max_seq_length=length, **options)
         assert dataset[0, 0]["tokens"].size == length
     assert len([path for path in (tmp_path / "packed").iterdir() if path.is_dir()]) == 2
+
+
+def test_mode_tokens_open_the_encoder_inputs_and_change_nothing_else(dataset):
+    modes, samples = [301, 302, 303], [dataset[(0, index)] for index in range(40)]
+    plain = UL2DataCollator(ByteTokenizer(), 96, 96, pad_to_multiple_of=1)
+    opened = UL2DataCollator(ByteTokenizer(), 97, 96, pad_to_multiple_of=1, mode_token_ids=modes)
+    without, batch = plain(samples), opened(samples)
+    tasks = plain.corruptor.draw_tasks([sample["key"] for sample in samples])
+    names = [UL2_DENOISERS[task].name[0] for task in tasks]
+    assert set(names) == {"R", "S", "X"}
+    assert batch["input_ids"][:, 0].tolist() == [modes["RSX".index(name)] for name in names]
+    assert torch.equal(batch["input_ids"][:, 1:], without["input_ids"])
+    assert torch.equal(batch["attention_mask"].sum(1), without["attention_mask"].sum(1) + 1)
+    assert torch.equal(batch["labels"], without["labels"])
+    longest = int(without["attention_mask"].sum(1).max())
+    with pytest.raises(ConfigError, match=f"must fit {longest} encoder tokens"):
+        UL2DataCollator(ByteTokenizer(), longest, 96, mode_token_ids=modes)(samples)

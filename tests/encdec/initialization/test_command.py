@@ -184,6 +184,12 @@ def lead_index_astray(source: Path) -> None:
     index.write_text(json.dumps(document))
 
 
+def lose_index(source: Path) -> None:
+    first, *_ = sorted(source.glob("*.safetensors"))
+    (source / "another.safetensors").write_bytes(first.read_bytes())
+    (source / "model.safetensors.index.json").unlink()
+
+
 def lose_file(source: Path) -> None:
     min(source.glob("*.safetensors")).unlink()
 
@@ -193,7 +199,7 @@ def lose_file(source: Path) -> None:
     [
         (damage_data, "can be read"), (damage_header, "can be read"), (damage_index, "can be read"),
         (leave_out_of_index, "model.norm.weight not listed"), (lead_index_astray, "weight_map"),
-        (lose_file, "all of its safetensors"),
+        (lose_file, "all of its safetensors"), (lose_index, "without an index"),
     ],
 )  # fmt: skip
 def test_a_damaged_source(damage: Any, says: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

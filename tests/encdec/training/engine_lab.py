@@ -18,7 +18,7 @@ from encdec.data.packing import ensure_packed, open_packed
 from encdec.data.sampler import GlobalBatchSampler
 from encdec.data.ul2_dataset import UL2Dataset, build_dataloader
 from encdec.tokenization_qwen3_encdec import Qwen3EncoderDecoderTokenizer
-from encdec.training.build import build_model
+from encdec.training.build import plan_model
 from encdec.training.engines import Engine, TorchEngine, start_engine
 from encdec.training.optimizer import make_optimizer
 from encdec.training.run_config import RunConfig, divide_global_batch, resolve_run
@@ -90,13 +90,14 @@ class Scene:
         rank, world = distributed.rank(), distributed.world_size()
         tokenizer = self.made.tokenizer()
         micro, accumulation = divide_global_batch(GLOBAL_BATCH, run.config.training.per_device_train_batch_size, world)
-        model = build_model(run.config, tokenizer)
+        plan = plan_model(run.config, tokenizer)
         if self.engine == "plain":
+            model = plan.filled()
             engine: Engine = TorchEngine(model, make_optimizer(model, run.config))
         else:
             engine = start_engine(
-                model, run.config, device=torch.device("cpu"), dtype=dtype, micro_batch_size=micro,
-                accumulation_steps=accumulation,
+                plan.model, run.config, device=torch.device("cpu"), dtype=dtype, micro_batch_size=micro,
+                accumulation_steps=accumulation, stream=plan.weights.stream(),
             )  # fmt: skip
             engine.prove_sharding(world)
         dataset = UL2Dataset(open_packed(self.made.folder / "packed", "train"))

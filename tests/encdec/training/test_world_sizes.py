@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from encdec.checkpoints import logical_digest
 from encdec.checkpoints.manifest import read_manifest
 from encdec.checkpoints.partitions import Partitions
+from encdec.checkpoints.payload import payload_named
 from tests.encdec.training.engine_lab import END, SAVED, Made, Scene, farthest
 from tests.many_ranks import in_ranks
 
@@ -49,3 +51,36 @@ def require_zero_padding(stored: Partitions) -> None:
         for rank in range(stored.world_size):
             part = stored.shard(rank).weights[place.group][place.offset :][: place.length]
             assert not part[place.held_by(rank) :].any()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_embedding_has_one_storage_from_start_to_resume(
+    whole_run: Callable[[str], Scene], made: Made, tmp_path: Path, engine: str
+):
+    saved = whole_run(engine).root / f"step-{SAVED}"
+    in_ranks(2, stay_tied, Scene(made, engine, tmp_path, SAVED + 1, saved))
+
+
+def stay_tied(scene: Scene) -> None:
+    trainer = scene.trainer()
+    model = getattr(trainer.engine.module, "module", trainer.engine.module)
+    require_one_storage(model)
+    assert scene.start is not None
+    trainer.load_checkpoint(scene.start)
+    require_one_storage(model)
+    trainer._step()
+    require_one_storage(model)
+    payload = payload_named(trainer.engine.payload)
+    stored = payload.stored(scene.start / payload.name).names
+    assert [name for name in stored if "embed" in name] == []
+    assert stored.count("model.shared.weight") == 1
+
+
+def require_one_storage(model: Any) -> None:
+    """Shared, encoder and decoder have one parameter, and this rank one part of it in memory."""
+    weights = [module.weight for module in (model.shared, model.encoder.embed_tokens, model.decoder.embed_tokens)]
+    assert all(weight is weights[0] for weight in weights)
+    parts = [getattr(weight, "ds_tensor", None) for weight in weights]
+    parts = [weight.to_local() if part is None else part for weight, part in zip(weights, parts, strict=True)]
+    assert len({part.untyped_storage().data_ptr() for part in parts}) == 1 and parts[0].numel()
+    assert [name for name, _ in model.named_parameters(remove_duplicate=False) if "embed" in name] == []
