@@ -4,7 +4,7 @@
     python -m benchmarks.model --size 1B        Qwen3-0.6B's shape, on a GPU
 
 Peers: transformers' T5Gemma 2 of the same shape; separate cross-attention on our blocks; our own model with
-cross-entropy over whole logits; and our attention implementations among each other. Batches are corrupted and padded as
+cross-entropy over whole logits, and with padding computed; and our attention implementations among each other. Batches are corrupted and padded as
 in training. MFU counts the FLOPs of real tokens in our model, whatever a peer computes, over the peak of the GPU's data
 sheet, or, where there is none, over the fastest matrix product measured here.
 """
@@ -31,23 +31,27 @@ from benchmarks.model_peers import (
     ours,
     separate_cross_attention,
     t5gemma2,
+    with_padding_computed,
     with_plain_loss,
 )
 from benchmarks.peers import emit
+from encdec.attention.plan import IMPLEMENTATIONS, legal
 from encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 from encdec.flops import ACCELERATORS, accelerator_in
 
 DEFAULTS = {"small": (256, 4, "float32"), "1B": (2048, 8, "bfloat16")}
 """Encoder tokens, samples of a batch, parameters' dtype."""
-ATTENTION = ("eager", "sdpa")
 
 
-def peers_of(config: Qwen3EncoderDecoderConfig, attention: str) -> dict[str, Callable[[], Peer]]:
+def peers_of(
+    config: Qwen3EncoderDecoderConfig, attention: str, device: str, dtype: torch.dtype
+) -> dict[str, Callable[[], Peer]]:
     """By name; each is built when its turn comes, for on a GPU they do not all fit."""
-    others = {f"ours, {name}": lambda name=name: ours(config, name) for name in ATTENTION if name != attention}
+    others = [name for name in IMPLEMENTATIONS if legal(name, torch.device(device), dtype, config.head_dim)]
     return {
         "ours": lambda: ours(config, attention),
-        **others,
+        **{f"ours, {name}": lambda name=name: ours(config, name) for name in others if name != attention},
+        "sdpa, padding computed": lambda: with_padding_computed(ours(config, "sdpa")),
         "plain cross-entropy": lambda: with_plain_loss(ours(config, attention)),
         "separate cross-attention": lambda: separate_cross_attention(config),
         "T5Gemma 2": lambda: t5gemma2(config),
@@ -143,7 +147,7 @@ def compare(arguments: argparse.Namespace, device: str) -> dict[str, Any]:
     real = sum(int(b["attention_mask"].sum() + (b["labels"] != -100).sum()) for b in given[1:]) / arguments.steps
     flops, peak = flops_of(config, arguments.encoder_tokens) * arguments.batch, peak_flops(device, dtype)
     found: dict[str, list[dict[str, Any]]] = {}
-    names = peers_of(config, arguments.attention)
+    names = peers_of(config, arguments.attention, device, dtype)
     for number in range(arguments.rounds):
         turns = [*names][number % len(names) :] + [*names][: number % len(names)]  # nobody always follows the same one
         for name in turns:
@@ -168,7 +172,7 @@ def compare(arguments: argparse.Namespace, device: str) -> dict[str, Any]:
     return {
         "size": arguments.size, "device": device_name(device), "dtype": arguments.dtype, "batch": arguments.batch,
         "encoder_tokens": arguments.encoder_tokens, "real_tokens_a_step": round(real),
-        "padding": round(1 - real / padded(given[1:]), 3), "peak_flops": peak, "peers": table, "ours_over": ratios,
+        "padded_tokens_per_real_token": round(padded(given[1:]) / real, 3), "peak_flops": peak, "peers": table, "ours_over": ratios,
     }  # fmt: skip
 
 
@@ -191,7 +195,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                         "small, bfloat16 for 1B)")  # fmt: skip
     parser.add_argument("--steps", type=int, default=5, help="timed steps of a peer's turn (default: 5)")
     parser.add_argument("--rounds", type=int, default=3, help="turns of every peer (default: 3)")
-    parser.add_argument("--attention", default="sdpa", help="implementation in ours (default: sdpa)")
+    parser.add_argument("--attention", default="split", help="implementation in ours (default: split)")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args(argv)
     tokens, batch, dtype = DEFAULTS[arguments.size]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -72,6 +73,27 @@ def with_plain_loss(peer: Peer) -> Peer:
         return token_cross_entropy(made.logits, batch["labels"])
 
     return Peer(model, loss)
+
+
+def with_padding_computed(peer: Peer) -> Peer:
+    """The same model with padded hidden states, as other models compute."""
+
+    def loss(batch: Batch) -> torch.Tensor:
+        with padding_computed():
+            return peer.loss(batch)
+
+    return Peer(peer.model, loss)
+
+
+@contextlib.contextmanager
+def padding_computed() -> Iterator[None]:
+    """Inside, hidden states stay padded [B, S, H] and masks are tensors, as under torch.compile of a whole model."""
+    real = torch.compiler.is_compiling
+    torch.compiler.is_compiling = lambda: True
+    try:
+        yield
+    finally:
+        torch.compiler.is_compiling = real
 
 
 def t5gemma2(config: Qwen3EncoderDecoderConfig, attention: str = "sdpa") -> Peer:

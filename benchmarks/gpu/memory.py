@@ -18,7 +18,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from benchmarks.peers import emit
 from encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
-from encdec.estimates import FP32_BYTES, GIGABYTE, LOGIT_BYTES, ModelSize, activation_bytes
+from encdec.estimates import FP32_BYTES, GIGABYTE, MAX_LOGITS_BYTES, ModelSize, activation_bytes
 from encdec.modeling_qwen3_encdec import Qwen3ForSeq2SeqLM
 from encdec.pipeline.scales import ModelScale, get_model_config
 from encdec.training.config import FullConfig, ModelConfig
@@ -98,12 +98,15 @@ def step(model: torch.nn.Module, stepper: torch.optim.Optimizer, arguments: argp
 
 
 def estimate(size: ModelSize, arguments: argparse.Namespace, optimizer: str, checkpointing: bool) -> float:
-    """fp32 weights and gradients, the optimizer's state; activations, and on a GPU bf16 copies of weights; logits."""
+    """fp32 weights and gradients, the optimizer's state; activations, and on a GPU bf16 copies of weights; a piece of the
+    logits, and the head's gradient beside it.
+    """
     tokens, per_value = arguments.batch * arguments.length, 2 if arguments.device == "cuda" else FP32_BYTES
     kept = activation_bytes(tokens, 2 * size.layers, size.widths, per_value, gradient_checkpointing=checkpointing)
     copies = per_value * size.parameters if arguments.device == "cuda" else 0
     state = size.optimizer_bytes(optimizer)
-    return 2 * FP32_BYTES * size.parameters + copies + state + kept + LOGIT_BYTES * tokens * arguments.vocabulary
+    logits = min(tokens * arguments.vocabulary, MAX_LOGITS_BYTES // FP32_BYTES) * (per_value + FP32_BYTES)
+    return FP32_BYTES * (2 * size.parameters + size.embedding) + copies + state + kept + logits
 
 
 if __name__ == "__main__":

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -37,17 +34,6 @@ def uneven_batch() -> dict[str, Tensor]:
     labels = tokens(4, 7)
     labels[1, 3:] = labels[2, :4] = labels[3] = -100
     return {"input_ids": tokens(4, 9), "attention_mask": torch.tensor(UNEVEN), "labels": labels}
-
-
-@contextlib.contextmanager
-def padding_computed() -> Iterator[None]:
-    """Inside, hidden states stay padded [B, S, H] and masks are tensors, as under torch.compile of a whole model."""
-    real = torch.compiler.is_compiling
-    torch.compiler.is_compiling = lambda: True
-    try:
-        yield
-    finally:
-        torch.compiler.is_compiling = real
 
 
 def loss_and_gradients(model, batch) -> tuple[Tensor, dict[str, Tensor]]:

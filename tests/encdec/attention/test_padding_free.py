@@ -11,12 +11,12 @@ from torch import nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
+from benchmarks.model_peers import padding_computed
 from encdec.attention.sequences import Sequences
 from tests.encdec.attention.batches import (
     SHAPE,
     UNEVEN,
     loss_and_gradients,
-    padding_computed,
     tiny_model,
     tokens,
     uneven_batch,
