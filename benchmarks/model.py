@@ -4,9 +4,9 @@
     python -m benchmarks.model --size 1B        Qwen3-0.6B's shape, on a GPU
 
 Peers: transformers' T5Gemma 2 of the same shape; separate cross-attention on our blocks; our own model with
-cross-entropy over whole logits, and with padding computed; and our attention implementations among each other. Batches are corrupted and padded as
-in training. MFU counts the FLOPs of real tokens in our model, whatever a peer computes, over the peak of the GPU's data
-sheet, or, where there is none, over the fastest matrix product measured here.
+cross-entropy over whole logits, and with padding computed; and our attention implementations among each other. Batches
+are corrupted and padded as in training. MFU counts the FLOPs of real tokens in our model, whatever a peer computes, over
+the peak of the GPU's data sheet, or, where there is none, over the fastest matrix product measured here.
 """
 
 from __future__ import annotations
@@ -172,7 +172,8 @@ def compare(arguments: argparse.Namespace, device: str) -> dict[str, Any]:
     return {
         "size": arguments.size, "device": device_name(device), "dtype": arguments.dtype, "batch": arguments.batch,
         "encoder_tokens": arguments.encoder_tokens, "real_tokens_a_step": round(real),
-        "padded_tokens_per_real_token": round(padded(given[1:]) / real, 3), "peak_flops": peak, "peers": table, "ours_over": ratios,
+        "padded_tokens_per_real_token": round(padded(given[1:]) / real, 3), "peak_flops": peak,
+        "peers": table, "ours_over": ratios,
     }  # fmt: skip
 
 

@@ -98,8 +98,8 @@ def step(model: torch.nn.Module, stepper: torch.optim.Optimizer, arguments: argp
 
 
 def estimate(size: ModelSize, arguments: argparse.Namespace, optimizer: str, checkpointing: bool) -> float:
-    """fp32 weights and gradients, the optimizer's state; activations, and on a GPU bf16 copies of weights; a piece of the
-    logits, and the head's gradient beside it.
+    """fp32 weights and gradients, the optimizer's state; activations, and on a GPU bf16 copies of weights; a piece of
+    the logits, and the head's gradient beside it.
     """
     tokens, per_value = arguments.batch * arguments.length, 2 if arguments.device == "cuda" else FP32_BYTES
     kept = activation_bytes(tokens, 2 * size.layers, size.widths, per_value, gradient_checkpointing=checkpointing)
