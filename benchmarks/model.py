@@ -5,8 +5,8 @@
 
 Peers: transformers' T5Gemma 2 of the same shape; separate cross-attention on our blocks; our own model with
 cross-entropy over whole logits, and with padding computed; and our attention implementations among each other. Batches
-are corrupted and padded as in training. MFU counts the FLOPs of real tokens in our model, whatever a peer computes, over
-the peak of the GPU's data sheet, or, where there is none, over the fastest matrix product measured here.
+are corrupted and padded as in training. MFU counts the FLOPs of real tokens in our model, whatever a peer computes,
+over the peak of the GPU's data sheet, or, where there is none, over the fastest matrix product measured here.
 """
 
 from __future__ import annotations
