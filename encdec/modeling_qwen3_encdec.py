@@ -313,7 +313,8 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
             ValueError: neither encoder input, or neither decoder input, is given.
         """
         if decoder_input_ids is None and labels is not None:
-            if decoder_attention_mask is None and not use_cache and past_key_values is None:
+            packs = not (use_cache or past_key_values is not None or torch.compiler.is_compiling())
+            if packs and decoder_attention_mask is None:
                 decoder_attention_mask = tokens_before_the_end(labels, IGNORED_LABEL)
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         if decoder_input_ids is None or (input_ids is None and encoder_outputs is None):
