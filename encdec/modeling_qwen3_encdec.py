@@ -354,7 +354,8 @@ class Qwen3ForSeq2SeqLM(Seq2SeqInterface, Qwen3EncoderDecoderPreTrainedModel, Ge
         )  # fmt: skip
         if use_cache and past_key_values is None:
             past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        if from_labels is not None and decoder_attention_mask is None and past_key_values is None:
+        packs = past_key_values is None and not torch.compiler.is_compiling()
+        if from_labels is not None and decoder_attention_mask is None and packs:
             decoder_attention_mask = tokens_before_the_end(from_labels, IGNORED_LABEL)
         masks: tuple[AttentionMask, AttentionMask] = (attention_mask, decoder_attention_mask)
         if past_key_values is None and not self.shows_inside(outputs_asked_for):

@@ -12,14 +12,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from encdec.attention.sequences import Sequences
+
+BLOCK = 128
+"""Queries, and keys, of one block of scores; FlexAttention's default."""
 
 
 def packed_block_mask(queries: Sequences, encoder: Sequences | None, *, causal: bool) -> BlockMask:
     """Which blocks of scores exist: a token sees its own sequence, and its encoder's sequence if there are such.
+
+    Made from the sequences' bounds, block by block: ``create_block_mask`` would look at every single score.
 
     Args:
         queries: of the T_q queries, and of the first T_q keys.
@@ -34,8 +40,44 @@ def packed_block_mask(queries: Sequences, encoder: Sequences | None, *, causal: 
         together = own[query] == of_key[key]
         return together & ((key <= query) | (key >= first_encoder_key)) if causal else together
 
-    compiled = own.is_cuda  # without, every single score is looked at, in memory
-    return create_block_mask(allowed, None, None, len(own), len(of_key), device=own.device, _compile=compiled)
+    some, every = _blocks(own, of_key, first_encoder_key, causal=causal)
+    return BlockMask.from_kv_blocks(
+        *_listed(some & ~every), *_listed(every), BLOCK_SIZE=BLOCK, mask_mod=allowed,
+        seq_lengths=(len(own), len(of_key)),
+    )  # fmt: skip
+
+
+def _blocks(own: Tensor, of_key: Tensor, first_encoder_key: int, *, causal: bool) -> tuple[Tensor, Tensor]:
+    """[blocks of queries, blocks of keys] bool: where some score may be allowed, and where all are for certain.
+
+    Args:
+        own, of_key: [T_q] and [T_k], the sequence of each query and key.
+    """
+    (query_least, query_most), (key_least, key_most) = _bounds(own), _bounds(of_key)
+    query_first, key_first = (torch.arange(len(b), device=own.device) * BLOCK for b in (query_least, key_least))
+    query_end, key_end = query_first + BLOCK, key_first + BLOCK
+    some = (query_least[:, None] <= key_most) & (key_least <= query_most[:, None])
+    one = (query_least == query_most)[:, None] & (key_least == key_most) & (query_least[:, None] == key_least)
+    every = one & (query_end <= len(own))[:, None] & (key_end <= len(of_key))
+    if causal:
+        crossed, past = key_first >= first_encoder_key, key_end <= query_first[:, None] + 1
+        some &= (key_first < query_end[:, None]) | (key_end > first_encoder_key)
+        every &= crossed | (past & (key_end <= first_encoder_key))
+    return some, every
+
+
+def _bounds(owners: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each block, the first and the last sequence that it holds tokens of."""
+    padding = -len(owners) % BLOCK
+    blocks = F.pad(owners[None].float(), (0, padding), mode="replicate").view(-1, BLOCK)
+    return blocks.amin(1), blocks.amax(1)
+
+
+def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """[rows, columns] bool -> how many in each row, and which, these first: as BlockMask has them."""
+    numbers = blocks.sum(1, dtype=torch.int32)
+    order = torch.argsort(blocks.int(), dim=1, descending=True, stable=True).int()
+    return numbers[None, None], order[None, None]
 
 
 def attend_by_flex(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float) -> Tensor:
