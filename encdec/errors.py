@@ -61,7 +61,9 @@ class DataError(EncdecError):
 
 
 class InputError(EncdecError, ValueError):
-    """What a model was called with breaks a rule: its shapes, its lengths or its token ids."""
+    """What a model was called with breaks a rule: its shapes, its lengths or its token ids. Never requeued."""
+
+    exit_code = ExitCode.CONFIG_WRONG
 
 
 class MissingPrerequisite(EncdecError):

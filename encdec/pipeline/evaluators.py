@@ -143,7 +143,8 @@ class Evaluation:
         """What the model writes behind ``question``: as in S denoising, the rest of a text that a sentinel stands for.
 
         The encoder reads question, sentinel, end, behind the mode token where there is one; the decoder begins with the
-        sentinel and goes on to the end.
+        sentinel and goes on to the end, or as far as its positions go. A question longer than those gets no answer: the
+        empty one.
         """
         tokenizer = self.tokenizer
         if tokenizer is None:
@@ -153,7 +154,11 @@ class Evaluation:
         document = tokenizer.encode_documents([question])[0]
         encoder = torch.tensor([[*asked, *document, sentinel, end]], device=self.device)
         begin = torch.tensor([[tokenizer.decoder_start_token_id, sentinel]], device=self.device)
-        made = self.generate(encoder, decoder_input_ids=begin, max_new_tokens=max_new_tokens)[0].tolist()
+        room = getattr(getattr(self.model, "config", None), "max_position_embeddings", math.inf)
+        if encoder.shape[1] > room:
+            return ""
+        limit = int(min(max_new_tokens, room - begin.shape[1]))
+        made = self.generate(encoder, decoder_input_ids=begin, max_new_tokens=limit)[0].tolist()
         stops = {end, tokenizer.pad_token_id, *tokenizer.sentinel_ids}
         length = next((index for index, token in enumerate(made) if token in stops), len(made))
         # rows of the embedding that no token has: only a model that has learnt little writes them

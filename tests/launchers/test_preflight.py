@@ -179,10 +179,10 @@ def test_local_weights(tmp_path: Path, files: list[str], verdict: str):
     ("settings", "gigabytes", "verdict", "word"),
     [
         ((), 80.0, "ok", "of 80.0 GB"),
-        ((), 24.0, "warn", "of 24.0 GB"),  # nearly all of it, by an estimate that is 20 % above at most
-        ((), 16.0, "fail", "of 16.0 GB"),
+        ((), 9.0, "warn", "of 9.0 GB"),  # nearly all of it, by an estimate that is 20 % above at most
+        ((), 7.0, "fail", "of 7.0 GB"),
         ((), None, "warn", "not known here"),
-        (("training.per_device_train_batch_size=64", "training.global_batch_size=512"), 80.0, "fail", "64 samples"),
+        (("training.per_device_train_batch_size=64", "training.global_batch_size=512"), 24.0, "fail", "64 samples"),
         (("training.per_device_train_batch_size=auto", "training.global_batch_size=512"), 80.0, "ok", "auto finds"),
         (("model.model_name_or_path=someone/else",), 80.0, "warn", "someone/else are not known"),
     ],

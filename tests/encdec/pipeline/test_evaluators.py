@@ -165,6 +165,12 @@ def test_latency_percentiles_are_nearest_ranks(learned):
     assert latency(evaluation, 99).value == 0.5
 
 
+def test_a_question_that_the_model_has_no_positions_for_gets_no_answer(learned, tokenizer):
+    evaluation = Evaluation(learned, tokenizer=tokenizer)
+    assert evaluation.answer("3 + 4 = " * learned.config.max_position_embeddings, 20) == ""
+    assert evaluation.answer("3 + 4 =", 10**9) == " 7"  # nor is more asked of it than it has room for
+
+
 def test_latency_is_of_as_many_answers_as_asked(learned, batch):
     evaluation = Evaluation(learned, [batch], generations=3)
     measured = measure(["latency_p50", "latency_p99"], evaluation).values
