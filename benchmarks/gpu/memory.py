@@ -4,7 +4,7 @@
     python -m benchmarks.gpu.memory --scale tiny --layers 2 --batch 1 --vocabulary 1024    # on a host
 
 On a GPU in bfloat16 where there is one (``--device cuda``), else on the host in float32, counted there by torch's
-tracker of storages. Each case: two steps of one process; the peak of the second, with gradients and optimizer state.
+tracker of storages. Each case: the peak of the second micro-batch of the second step of one process.
 """
 
 from __future__ import annotations
@@ -83,33 +83,33 @@ def measure(arguments: argparse.Namespace, optimizer: str, checkpointing: bool) 
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     stepper = make_optimizer(model, config)
-    step(model, stepper, arguments)
+    micro_batch(model, arguments)
+    stepper.step()
+    stepper.zero_grad()
+    micro_batch(model, arguments)  # the next one has gradients beside all its activations: the moment of the estimate
     if arguments.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        step(model, stepper, arguments)
+        micro_batch(model, arguments)
+        stepper.step()
         peak = torch.cuda.max_memory_allocated()
     else:
         tracker = MemTracker()
         tracker.track_external(model, stepper)
         with tracker:
-            step(model, stepper, arguments)
+            micro_batch(model, arguments)
+            stepper.step()
         peak = sum(row["Total"] for row in tracker.get_tracker_snapshot("peak").values())
     del model, stepper
     gc.collect()
     return peak / GIGABYTE, estimate(size, arguments, optimizer, checkpointing) / GIGABYTE
 
 
-def step(model: torch.nn.Module, stepper: torch.optim.Optimizer, arguments: argparse.Namespace) -> None:
-    """Two micro-batches, fp32 weights under bfloat16 autocast on a GPU; the optimizer's step. In the second one
-    gradients are there beside all activations: the moment that is estimated.
-    """
+def micro_batch(model: torch.nn.Module, arguments: argparse.Namespace) -> None:
+    """Forward and backward pass, fp32 weights under bfloat16 autocast on a GPU."""
     ids = torch.randint(16, arguments.vocabulary - 16, (arguments.batch, arguments.length), device=arguments.device)
-    for _ in range(2):
-        with torch.autocast(arguments.device, torch.bfloat16, enabled=arguments.device == "cuda"):
-            loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-    stepper.step()
-    stepper.zero_grad()
+    with torch.autocast(arguments.device, torch.bfloat16, enabled=arguments.device == "cuda"):
+        loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
 
 
 def estimate(size: ModelSize, arguments: argparse.Namespace, optimizer: str, checkpointing: bool) -> float:
