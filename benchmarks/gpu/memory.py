@@ -1,9 +1,10 @@
 """Memory of training by kind of optimizer and checkpointing: the estimate beside what a device's allocator counted.
 
-    python -m benchmarks.gpu.memory --scale tiny
+    python -m benchmarks.gpu.memory --scale large
+    python -m benchmarks.gpu.memory --scale tiny --layers 2 --batch 1 --vocabulary 1024    # on a host
 
 On a GPU in bfloat16 where there is one (``--device cuda``), else on the host in float32, counted there by torch's
-tracker of storages. Each case: two steps of one process; the peak of the second, with gradients and optimizer state.
+tracker of storages. Each case: the peak of the second micro-batch of the second step of one process.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--vocabulary", type=int, default=8192, help="rows of the embedding (default: 8192)")
     parser.add_argument("--batch", type=int, default=2, help="samples (default: 2)")
     parser.add_argument("--length", type=int, default=256, help="tokens of either side (default: 256)")
+    parser.add_argument("--layers", type=int, help="of either stack (default: the scale's; on a host take 2)")
     parser.add_argument("--experts", type=int, help="feed-forwards of each layer (default: one)")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args(argv)
@@ -45,12 +47,22 @@ def main(argv: list[str] | None = None) -> None:
             "measured_gb": round(measured, 4), "estimate_gb": round(estimate, 4),
             "estimate_over_measured": round(estimate / measured, 3),
         }  # fmt: skip
-    emit({"device": arguments.device, "scale": arguments.scale, "experts": arguments.experts, **cases}, arguments.json)
+    emit(
+        {
+            "device": arguments.device,
+            "scale": arguments.scale,
+            "layers": arguments.layers,
+            "experts": arguments.experts,
+            **cases,
+        },
+        arguments.json,
+    )
 
 
 def measure(arguments: argparse.Namespace, optimizer: str, checkpointing: bool) -> tuple[float, float]:
     """(peak, estimate), GB of 10**9 bytes."""
     shape = get_model_config(arguments.scale).architecture
+    shape.num_hidden_layers = arguments.layers or shape.num_hidden_layers
     settings = ModelConfig(
         from_scratch=shape, train_tokenizer_vocab_size=arguments.vocabulary, n_experts=arguments.experts
     )
@@ -71,30 +83,33 @@ def measure(arguments: argparse.Namespace, optimizer: str, checkpointing: bool) 
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     stepper = make_optimizer(model, config)
-    step(model, stepper, arguments)
+    micro_batch(model, arguments)
+    stepper.step()
+    stepper.zero_grad()
+    micro_batch(model, arguments)  # the next one has gradients beside all its activations: the moment of the estimate
     if arguments.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        step(model, stepper, arguments)
+        micro_batch(model, arguments)
+        stepper.step()
         peak = torch.cuda.max_memory_allocated()
     else:
         tracker = MemTracker()
         tracker.track_external(model, stepper)
         with tracker:
-            step(model, stepper, arguments)
+            micro_batch(model, arguments)
+            stepper.step()
         peak = sum(row["Total"] for row in tracker.get_tracker_snapshot("peak").values())
     del model, stepper
     gc.collect()
     return peak / GIGABYTE, estimate(size, arguments, optimizer, checkpointing) / GIGABYTE
 
 
-def step(model: torch.nn.Module, stepper: torch.optim.Optimizer, arguments: argparse.Namespace) -> None:
-    """Forward and backward pass, fp32 weights under bfloat16 autocast on a GPU; the optimizer's step."""
+def micro_batch(model: torch.nn.Module, arguments: argparse.Namespace) -> None:
+    """Forward and backward pass, fp32 weights under bfloat16 autocast on a GPU."""
     ids = torch.randint(16, arguments.vocabulary - 16, (arguments.batch, arguments.length), device=arguments.device)
     with torch.autocast(arguments.device, torch.bfloat16, enabled=arguments.device == "cuda"):
         loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
-    stepper.step()
-    stepper.zero_grad()
 
 
 def estimate(size: ModelSize, arguments: argparse.Namespace, optimizer: str, checkpointing: bool) -> float:
