@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
-from transformers.initialization import guard_torch_init_functions
 
 from encdec.checkpoints.stored import persistent_buffers
 from encdec.checkpoints.weights import Piece, Weights
@@ -89,7 +88,7 @@ def _initialise(module: nn.Module, owner: PreTrainedModel, state: Tensor) -> Ten
     """Give a module's own parameters memory and values; the generator's state before -> after."""
     for name, parameter in module.named_parameters(recurse=False):
         module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="cpu", dtype=torch.float32))
-    with torch.random.fork_rng(devices=[]), guard_torch_init_functions():
+    with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.set_state(state)  # not torch.manual_seed, which would reseed the GPUs too
         owner._init_weights(module)
         return torch.random.default_generator.get_state()
