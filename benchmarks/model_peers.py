@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import T5Gemma2Config, T5Gemma2ForConditionalGeneration
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -19,13 +20,13 @@ from transformers.models.qwen3.modeling_qwen3 import (
     eager_attention_forward,
 )
 
+from encdec.attention.masks import encoder_attention_bias
 from encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 from encdec.data.collator import UL2DataCollator
 from encdec.denoisers import raw_sample_length
 from encdec.estimates import LayerWidths, ModelSize
 from encdec.flops import training_flops_per_sample
-from encdec.merged_attention import encoder_attention_bias
-from encdec.modeling_qwen3_encdec import Qwen3Encoder, Qwen3ForSeq2SeqLM, Qwen3Stack, token_cross_entropy
+from encdec.modeling_qwen3_encdec import Qwen3Encoder, Qwen3ForSeq2SeqLM, Qwen3Stack
 
 Batch = dict[str, torch.Tensor]
 Loss = Callable[[Batch], torch.Tensor]
@@ -59,6 +60,11 @@ def ours(config: Qwen3EncoderDecoderConfig, attention: str = "sdpa", *, checkpoi
     return Peer(model, lambda batch: model(**batch, use_cache=False).loss)
 
 
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The mean over labelled tokens, in float32, of logits [B, S_d, V] that are there as a whole."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+
+
 def with_plain_loss(peer: Peer) -> Peer:
     """The same model with cross-entropy over whole logits."""
     model = peer.model
@@ -70,7 +76,7 @@ def with_plain_loss(peer: Peer) -> Peer:
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], decoder_input_ids=inputs,
             use_cache=False,
         )  # fmt: skip
-        return token_cross_entropy(made.logits, batch["labels"])
+        return cross_entropy(made.logits, batch["labels"])
 
     return Peer(model, loss)
 
@@ -175,7 +181,7 @@ class SeparateCrossAttention(Qwen3Stack):
         bias = encoder_attention_bias(attention_mask, hidden.dtype)
         for layer in self.layers:
             hidden = layer(hidden, encoded, bias, positions)
-        return token_cross_entropy(self.norm(hidden) @ self.embed_tokens.weight.T, labels)
+        return cross_entropy(self.norm(hidden) @ self.embed_tokens.weight.T, labels)
 
 
 def separate_cross_attention(config: Qwen3EncoderDecoderConfig, attention: str = "sdpa") -> Peer:

@@ -14,8 +14,7 @@ Shape legend:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -30,6 +29,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import (
     Qwen3MoeSparseMoeBlock,
     Qwen3MoeTopKRouter,
 )
+from transformers.utils.output_capturing import CompileableContextVar
 
 from encdec.attention.plan import AttentionMask
 from encdec.attention.sequences import Sequences
@@ -46,7 +46,8 @@ class Routing(NamedTuple):
     """[B, S, K] indices of experts."""
 
 
-_recorder: ContextVar[tuple[list[Routing], bool] | None] = ContextVar("router_recorder", default=None)
+_recorder = CompileableContextVar("router_recorder")
+"""The list that routings join, and whether they have gradients; None where nobody listens."""
 
 
 class Qwen3MoeFeedForward(Qwen3MoeSparseMoeBlock):
@@ -82,17 +83,22 @@ def initialize_experts(module: nn.Module, std: float) -> None:
 
 
 @contextmanager
-def recorded_routing(wanted: bool = True) -> Iterator[list[Routing]]:
-    """Inside, each layer's routing joins the list that this yields, in order; none where it is not ``wanted``.
+def recorded_routing() -> Iterator[list[Routing]]:
+    """Inside, each layer's routing joins the list that this yields, in order.
 
     Layers that are computed again in the backward pass are not inside any more, and are not recorded twice.
     """
     routings: list[Routing] = []
-    token = _recorder.set((routings, torch.is_grad_enabled()) if wanted else None)
+    token = _recorder.set((routings, torch.is_grad_enabled()))
     try:
         yield routings
     finally:
         _recorder.reset(token)
+
+
+def routing_where(wanted: bool) -> AbstractContextManager[list[Routing]]:
+    """``recorded_routing`` where it is wanted; else nobody listens, and the list stays empty."""
+    return recorded_routing() if wanted else nullcontext([])
 
 
 def _record(routing: Routing) -> None:

@@ -43,7 +43,7 @@ from encdec.mixture_of_experts import (
     balancing_loss,
     feed_forward,
     initialize_experts,
-    recorded_routing,
+    routing_where,
     spread_routing,
 )
 from encdec.model_inputs import check_inputs
@@ -362,12 +362,12 @@ class Qwen3ForSeq2SeqLM(Seq2SeqInterface, Qwen3EncoderDecoderPreTrainedModel, Ge
             # before anything is computed: the host waits for the masks alone
             masks = without_padding(attention_mask), without_padding(decoder_attention_mask)
         balanced = labels is not None and self.config.num_experts is not None
-        with recorded_routing(balanced) as encoder_routing:
+        with routing_where(balanced) as encoder_routing:
             if encoder_outputs is None:
                 encoded: BaseModelOutput = self.encoder(input_ids, masks[0], **outputs_asked_for)
             else:
                 encoded = encoder_outputs if hasattr(encoder_outputs, "keys") else BaseModelOutput(*encoder_outputs)
-        with recorded_routing(balanced) as decoder_routing:
+        with routing_where(balanced) as decoder_routing:
             decoded = self.decoder(
                 decoder_input_ids,
                 encoded.last_hidden_state,

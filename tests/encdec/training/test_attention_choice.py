@@ -126,10 +126,12 @@ class TestMeasured:
 
     def test_a_wrong_result_is_passed_over(self, monkeypatch):
         real = attention_choice.attend_merged
-        monkeypatch.setattr(
-            attention_choice, "attend_merged",
-            lambda module, plan, *given: real(module, plan, *given) * (1.01 if plan.implementation == "split" else 1),
-        )  # fmt: skip
+
+        def attend(module, plan, *given):
+            attended, weights = real(module, plan, *given)
+            return attended * (1.01 if plan.implementation == "split" else 1), weights
+
+        monkeypatch.setattr(attention_choice, "attend_merged", attend)
         found = measure(SHAPE, CPU, torch.float32)
         assert set(found["milliseconds"]) == {"sdpa"}
         assert found["passed_over"]["split"].startswith("off by")
