@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForSeq2SeqLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutput,
     BaseModelOutputWithPastAndCrossAttentions,
@@ -33,78 +32,21 @@ from transformers.models.qwen3.modeling_qwen3 import (
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from encdec.attention.plan import AttentionMask, AttentionPlan, lay_out, plan_decoder, plan_encoder, without_padding
+from encdec.attention.plan import AttentionMask, lay_out, plan_decoder, plan_encoder, without_padding
 from encdec.attention.sequences import tokens_before_the_end
 from encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 from encdec.cross_entropy import IGNORED_LABEL, MAX_LOGITS_BYTES, chunked_cross_entropy
-from encdec.merged_attention import Qwen3EncoderAttention, Qwen3MergedAttention
+from encdec.layers_qwen3_encdec import Qwen3DecoderLayer, Qwen3EncoderLayer
+from encdec.merged_attention import Qwen3MergedAttention
 from encdec.mixture_of_experts import (
     Seq2SeqMoeLMOutput,
     balancing_loss,
-    feed_forward,
     initialize_experts,
     routing_where,
     spread_routing,
 )
 from encdec.model_inputs import check_inputs
 from encdec.seq2seq_interface import Seq2SeqInterface
-
-
-class Qwen3EncoderLayer(GradientCheckpointingLayer):
-    """transformers' Qwen3 layer without the causal mask: every token sees every token."""
-
-    def __init__(self, config: Qwen3EncoderDecoderConfig, layer_idx: int) -> None:
-        # Qwen3 looks its index up in `layer_types` and in a cache. The first has one entry per DECODER layer, all of
-        # them alike, and an encoder has no cache: so the index of every encoder layer is 0.
-        super().__init__()
-        self.self_attn = Qwen3EncoderAttention(config, layer_idx=0)
-        self.mlp = feed_forward(config)
-        self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        plan: AttentionPlan,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-    ) -> torch.Tensor:
-        """[B, S_e, H] -> [B, S_e, H], or packed [1, T, H] -> [1, T, H], as `plan` says."""
-        attended, _ = self.self_attn(self.input_layernorm(hidden_states), plan, position_embeddings)
-        hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-
-
-class Qwen3DecoderLayer(GradientCheckpointingLayer):
-    """Qwen3's layer (pre-norm attention, pre-norm gated MLP) with merged attention; the parameters are the same."""
-
-    def __init__(self, config: Qwen3EncoderDecoderConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.self_attn = Qwen3MergedAttention(config, layer_idx)
-        self.mlp = feed_forward(config)
-        self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
-        plan: AttentionPlan,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        past_key_values: EncoderDecoderCache | None = None,
-    ) -> torch.Tensor:
-        """[B, S_d, H] and [B, S_e, H] -> [B, S_d, H], or all of them packed [1, T, H], as `plan` says.
-
-        Hidden states are positional: re-entrant checkpointing needs it so.
-        """
-        attended, *_ = self.self_attn(
-            self.input_layernorm(hidden_states),
-            encoder_hidden_states,
-            plan,
-            position_embeddings,
-            past_key_values,
-        )
-        hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
 class Qwen3EncoderDecoderPreTrainedModel(PreTrainedModel):
