@@ -187,7 +187,9 @@ def device_name(device: str) -> str:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=SHAPES, default="small", help="shape (default: small)")
     parser.add_argument("--encoder-tokens", type=int, help="limit of the encoder's side; the decoder's is half of it "
                         "(default: 256 for small, 2048 for 1B)")  # fmt: skip
@@ -196,9 +198,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                         "small, bfloat16 for 1B)")  # fmt: skip
     parser.add_argument("--steps", type=int, default=5, help="timed steps of a peer's turn (default: 5)")
     parser.add_argument("--rounds", type=int, default=3, help="turns of every peer (default: 3)")
-    parser.add_argument("--attention", default="split", help="implementation in ours (default: split)")
+    parser.add_argument(
+        "--attention", choices=IMPLEMENTATIONS, default="split", help="implementation in ours (default: split)"
+    )
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     arguments = parser.parse_args(argv)
+    if min(arguments.steps, arguments.rounds) < 1:
+        parser.error("--steps and --rounds must be 1 or more")
     tokens, batch, dtype = DEFAULTS[arguments.size]
     arguments.encoder_tokens = arguments.encoder_tokens or tokens
     arguments.batch, arguments.dtype = arguments.batch or batch, arguments.dtype or dtype

@@ -60,6 +60,7 @@ def add_adapters(model: Any, lora: LoraConfig, seed: int, base: str | None = Non
     for name, module in model.named_modules():
         if name.endswith(tuple(lora.modules_to_save)):
             module.requires_grad_(True)
+    model._hf_peft_config_loaded = True  # transformers then saves the adapter, and not a model of its names
     adapters = {name: parameter for name, parameter in model.named_parameters() if ".lora_" in name}
     values = first_values(adapters, seed)
     for name, parameter in adapters.items():

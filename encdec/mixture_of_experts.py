@@ -61,7 +61,7 @@ class Qwen3MoeFeedForward(Qwen3MoeSparseMoeBlock):
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         logits, weights, chosen = self.gate(flat)
         leading = hidden_states.shape[:-1]
-        _record(Routing(logits.view(*leading, -1), chosen.view(*leading, -1)))
+        _record(Routing(logits.view(*leading, logits.shape[-1]), chosen.view(*leading, chosen.shape[-1])))
         return self.experts(flat, chosen, weights).view_as(hidden_states)
 
 

@@ -34,7 +34,8 @@ def plan_experts(plan: UnfilledModel, settings: ModelConfig, seed: int) -> Unfil
             experts already, as many as asked for, which is returned.
 
     Raises:
-        ConfigError: the model has another number of experts.
+        ConfigError: the model has another number of experts, or passes a token through others; or only one expert is
+            to see a token.
     """
     model = experts_model(plan.model, settings)
     if model is plan.model:
@@ -54,7 +55,21 @@ def experts_model(dense: Qwen3ForSeq2SeqLM, settings: ModelConfig) -> Qwen3ForSe
                 found=f"{settings.n_experts}, and {there} there",
                 remedy="Leave n_experts out: it is read from there",
             )
+        if settings.top_k != dense.config.num_experts_per_tok:
+            raise ConfigError(
+                "model.top_k must be that of the encoder-decoder in model.model_name_or_path",
+                found=f"{settings.top_k}, and {dense.config.num_experts_per_tok} there",
+                remedy="Set it to that, or leave n_experts out: then both are read from there",
+            )
+        dense.config.router_aux_loss_coef = settings.router_aux_loss_coef
         return dense
+    if settings.top_k == 1:
+        raise ConfigError(
+            "model.top_k must be 2 or more where experts start from a dense model: the one expert's weight, about "
+            "1 / n_experts, would scale every feed-forward",
+            found=settings.top_k,
+            remedy="Set it to 2, or start from model.from_scratch",
+        )
     config = Qwen3EncoderDecoderConfig(**(_kept(dense.config) | expert_fields(settings)))
     model = allocate(config, dense.dtype, meta=True)
     model.generation_config = dense.generation_config

@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu                                  one H100 or H200: about 8 minutes
     python -m benchmarks.gpu --size small --steps 2           the same on whatever is here, a CPU too
+    python -m benchmarks.gpu.memory                           beside it: the plan's memory over the allocator's count
 
 Target: MFU of 50 % at least, and more than 10,000 tokens/s. Figures go to standard output as they are found, and whole
 to --json.
@@ -31,12 +32,17 @@ LENGTHS = {"small": [(128, 2)], "1B": [(1024, 16), (4096, 4)]}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=SHAPES, default="1B", help="shape whose speed is measured (default: 1B)")
     parser.add_argument("--steps", type=int, default=10, help="timed steps of each case (default: 10)")
     parser.add_argument("--json", type=Path, help="write all figures to this file, too")
     parser.add_argument("--no-speed", action="store_true", help="correctness alone")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.steps < 1:
+        parser.error("--steps must be 1 or more")
+    return arguments
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,6 +69,8 @@ def main(argv: list[str] | None = None) -> int:
             found = speed.measure(arguments.size, tokens, batch, arguments.steps, device)
             print(json.dumps(found, indent=2), flush=True)
             result[f"speed, {tokens} encoder tokens"] = found
+            if arguments.json:  # what is measured so far stays, whatever comes
+                arguments.json.write_text(json.dumps(result, indent=2) + "\n")
         dist.destroy_process_group()
     best = best_of(result)
     result["best"] = best

@@ -98,6 +98,27 @@ def compile_layers(model: nn.Module) -> None:
         layer.compile(dynamic=True)
 
 
+def check_bits(device: str, given: list[Batch]) -> dict[str, str]:
+    """Whether two backward passes agree to the last bit; on a GPU that is asked for, and not only hoped for.
+
+    Raises:
+        AssertionError: not even where torch is told to be deterministic.
+    """
+    dtype, found = torch.bfloat16 if device != "cpu" else torch.float32, {}
+    for name in implementations(device, dtype):
+        free = outcome(build(dtype, device, name), given[0]) == outcome(build(dtype, device, name), given[0])
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            told = outcome(build(dtype, device, name), given[0]) == outcome(build(dtype, device, name), given[0])
+        finally:
+            torch.use_deterministic_algorithms(False)
+        found[name] = (
+            "the same" if free else "the same only by use_deterministic_algorithms" if told else "not the same"
+        )
+        assert device != "cpu" or free, f"{name}: two passes differ on a processor"
+    return found
+
+
 @torch.no_grad()
 def check_generation(device: str, given: list[Batch]) -> str:
     """With a cache, greedy search finds what it finds without."""
@@ -116,6 +137,7 @@ CHECKS: Mapping[str, Callable[[str, list[Batch]], dict[str, str] | str]] = {
     "the loss in pieces is the whole one": check_loss,
     "checkpointed activations are the same": check_checkpointing,
     "compiled layers are the same": check_compiled,
+    "two passes have the same bits": check_bits,
     "cached decoding is full decoding": check_generation,
 }
 

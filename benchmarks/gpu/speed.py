@@ -85,6 +85,8 @@ def measure(size: str, encoder_tokens: int, batch: int, steps: int, device: str)
             figures = time_steps(case, size, given, device, dtype)
         except torch.OutOfMemoryError:
             found[str(case)] = "does not fit"
+        except Exception as error:  # a kernel's or a compiler's own: the other cases are still to be measured
+            found[str(case)] = f"failed: {type(error).__name__}: {str(error)[:300]}"
         else:
             step = figures["step_s"]
             rates = {"tokens_per_s": round(real / step), "mfu": round(flops / step / peak, 4)}

@@ -38,7 +38,7 @@ def flash_can(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
         if not (fits and dtype in FLASH_DTYPES and torch.backends.cuda.is_flash_attention_available()):
             return False
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type in ("cpu", "meta") and dtype.is_floating_point
+    return device.type in ("cpu", "meta") and dtype in (torch.float32, *FLASH_DTYPES)
 
 
 # ---- operators

@@ -75,8 +75,9 @@ class Evaluation:
         """One pass over the held-out batches, shared by all that needs it."""
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         right = tokens = samples = 0
-        for ids, mask, labels in self.held_out():
-            logits = self.model(input_ids=ids, attention_mask=mask, labels=labels).logits  # [B, S_d, V]
+        rows = ((part.split(1) for part in batch) for batch in self.held_out())  # the logits of a batch never exist
+        for ids, mask, labels in (row for batch in rows for row in zip(*batch, strict=True)):
+            logits = self.model(input_ids=ids, attention_mask=mask, labels=labels).logits  # [1, S_d, V]
             is_target = labels != IGNORED_LABEL
             flat, targets = logits[is_target].float(), labels[is_target]
             loss += nn.functional.cross_entropy(flat, targets, reduction="sum").double()

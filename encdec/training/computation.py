@@ -78,7 +78,8 @@ class Computation:
 
     def _next_batch(self) -> dict[str, Tensor]:
         if self._batches is None:
-            self._batches = iter(self._loader)
+            with torch.random.fork_rng(devices=[]):  # an iterator draws its workers' seed, anew at each start
+                self._batches = iter(self._loader)
         return next(self._batches)
 
     def reduce(self, loss_sums: Tensor, tokens: int, flags: list[bool]) -> list[float]:

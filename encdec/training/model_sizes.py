@@ -120,7 +120,11 @@ def _read_shape(path: Path, model: ModelConfig) -> Shape | None:
         shape = ArchitectureConfig(**{key: values[key] for key in ArchitectureConfig.model_fields})
         own, rows = values.get("model_type") == "qwen3_encdec", int(values["vocab_size"])
         rows = rows if own else _grown(rows, _added(model))  # ours has its sentinels already
+        if values.get("num_encoder_layers") not in (None, shape.num_hidden_layers):
+            return None  # stacks that differ
         if values.get("num_experts") is not None:
+            width = values.get("moe_intermediate_size") or shape.intermediate_size
+            shape = shape.model_copy(update={"intermediate_size": int(width)})
             return Shape(shape, rows, int(values["num_experts"]), int(values["num_experts_per_tok"]))
         return Shape(shape, rows, model.n_experts, model.top_k)
     except (OSError, ValueError, KeyError, TypeError):

@@ -77,12 +77,12 @@ class MuonWithAdamW(Optimizer):
 
     Args:
         muon: steps the matrices of the layers.
-        adamw: steps all else.
+        adamw: steps all else; None where all that is trained are such matrices, as those of adapters.
     """
 
-    def __init__(self, muon: Muon, adamw: AdamW) -> None:
-        self._both: tuple[Optimizer, ...] = (muon, adamw)
-        super().__init__([*muon.param_groups, *adamw.param_groups], {})
+    def __init__(self, muon: Muon, adamw: AdamW | None) -> None:
+        self._both: tuple[Optimizer, ...] = (muon,) if adamw is None else (muon, adamw)
+        super().__init__([group for one in self._both for group in one.param_groups], {})
 
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """One step of both; collective where parameters are sharded."""

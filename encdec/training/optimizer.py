@@ -31,11 +31,11 @@ def make_optimizer(model: nn.Module, config: FullConfig) -> Optimizer:
         {"params": [p for p in others if dimensions(p) >= 2], "weight_decay": training.weight_decay},
         {"params": [p for p in others if dimensions(p) < 2], "weight_decay": 0.0},
     ]
-    adamw = _adamw([group for group in groups if group["params"]], training)
+    rest = [group for group in groups if group["params"]]
     if not own:
-        return adamw
+        return _adamw(rest, training)
     muon = Muon(own, training.learning_rate, weight_decay=training.weight_decay, momentum=training.muon_momentum)
-    return MuonWithAdamW(muon, adamw)
+    return MuonWithAdamW(muon, _adamw(rest, training) if rest else None)
 
 
 def dimensions(parameter: nn.Parameter) -> int:

@@ -264,6 +264,23 @@ def test_model_with_experts_is_taken_as_it_is_and_another_number_refused():
     assert experts_model(model, ModelConfig(n_experts=4)) is model
     with pytest.raises(ConfigError, match=r"model\.n_experts .*found 8, and 4 there"):
         experts_model(model, ModelConfig(n_experts=8))
+    with pytest.raises(ConfigError, match=r"model\.top_k .*found 3, and 2 there"):
+        experts_model(model, ModelConfig(n_experts=4, top_k=3))
+    assert experts_model(model, ModelConfig(n_experts=4, router_aux_loss_coef=0.5)).config.router_aux_loss_coef == 0.5
+
+
+def test_one_expert_a_token_is_refused_where_the_model_was_dense():
+    with pytest.raises(ConfigError, match=r"top_k must be 2 or more"):
+        experts_model(small_model(num_experts=None), ModelConfig(n_experts=4, top_k=1))
+
+
+def test_batch_without_a_token_has_no_loss_and_no_gradient():
+    model, inputs = small_model(), batch()
+    inputs["attention_mask"][:], inputs["labels"][:] = 0, -100
+    loss = model(**inputs).loss
+    loss.backward()
+    assert loss.item() == 0
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
 # ---- refusals and arithmetic

@@ -36,7 +36,7 @@ def shard(
     """
     mesh = mesh or init_device_mesh(infra.device, (dist.get_world_size(),), mesh_dim_names=("data",))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    offload = CPUOffloadPolicy() if infra.fsdp_cpu_offload else OffloadPolicy()
+    offload = CPUOffloadPolicy(pin_memory=infra.device == "cuda") if infra.fsdp_cpu_offload else OffloadPolicy()
     free_after_forward = infra.fsdp_sharding_strategy == "FULL_SHARD"
     ranks = mesh.size()
     for layer in layers:

@@ -30,7 +30,7 @@ from tests.many_ranks import in_ranks
 TWO_LAYERS = "model.from_scratch.num_hidden_layers=2"
 LORA = [
     TWO_LAYERS, "model.lora.rank=4", "model.lora.layers=[1]", "model.lora.target_modules=[q_proj,o_proj,down_proj]",
-    "model.lora.modules_to_save=[norm]", "training.learning_rate=1e-2",
+    "model.lora.modules_to_save=[norm]", "model.lora.dropout=0.1", "training.learning_rate=1e-2",
 ]  # fmt: skip
 
 
@@ -115,6 +115,19 @@ def test_resumption_is_bit_identical(made: Made, trained: Scene, tmp_path: Path)
     in_ranks(2, scene)
     assert scene.losses == {step: loss for step, loss in trained.losses.items() if step > 10}
     assert logical_digest(tmp_path / "step-20") == logical_digest(trained.root / "step-20")
+
+
+def test_muon_may_have_all_that_is_trained(made: Made, tmp_path: Path):
+    """Adapters of whole layers are matrices: nothing is left for AdamW."""
+    scene = Scene(made, "fsdp", tmp_path, 6, settings=["model.lora.rank=2", "training.optimizer=muon"])
+    in_ranks(2, scene)
+    assert scene.losses[6] < scene.losses[1]
+
+
+def test_model_with_adapters_saves_the_adapter(made: Made, tmp_path: Path):
+    model = build_model(config(*LORA), made.tokenizer())
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_config.json").is_file() and not (tmp_path / "model.safetensors").exists()
 
 
 # ---- export
