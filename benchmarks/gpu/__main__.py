@@ -1,7 +1,7 @@
 """The 1 B model on one GPU: correctness first, then tokens/s, MFU, memory, torch.compile on and off.
 
     python -m benchmarks.gpu                                  one H100 or H200: about 8 minutes
-    python -m benchmarks.gpu --size small --steps 2           the same on whatever is here, a CPU too
+    python -m benchmarks.gpu --size small --no-compile        the same on whatever is here, a CPU too
     python -m benchmarks.gpu.memory                           beside it: the plan's memory over the allocator's count
 
 Target: MFU of 50 % at least, and more than 10,000 tokens/s. Figures go to standard output as they are found, and whole
@@ -38,6 +38,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", choices=SHAPES, default="1B", help="shape whose speed is measured (default: 1B)")
     parser.add_argument("--steps", type=int, default=10, help="timed steps of each case (default: 10)")
     parser.add_argument("--json", type=Path, help="write all figures to this file, too")
+    parser.add_argument("--no-compile", action="store_true", help="leave out what takes torch.compile")
     parser.add_argument("--no-speed", action="store_true", help="correctness alone")
     arguments = parser.parse_args(argv)
     if arguments.steps < 1:
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         "device": device_name(device), "torch": torch.__version__, "transformers": transformers.__version__,
     }  # fmt: skip
     try:
-        result["correctness"] = correctness.check_all(device)
+        result["correctness"] = correctness.check_all(device, compiled=not arguments.no_compile)
     except AssertionError as error:
         print(f"does not hold: {error}", file=sys.stderr)
         return 1
@@ -66,7 +67,9 @@ def main(argv: list[str] | None = None) -> int:
             world_size=1,
         )  # fmt: skip
         for tokens, batch in LENGTHS[arguments.size]:
-            found = speed.measure(arguments.size, tokens, batch, arguments.steps, device)
+            found = speed.measure(
+                arguments.size, tokens, batch, arguments.steps, device, compiled=not arguments.no_compile
+            )
             print(json.dumps(found, indent=2), flush=True)
             result[f"speed, {tokens} encoder tokens"] = found
             if arguments.json:  # what is measured so far stays, whatever comes

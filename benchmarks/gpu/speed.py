@@ -33,11 +33,11 @@ class Case:
         return ", ".join(filter(None, parts))
 
 
-def cases(device: str, dtype: torch.dtype) -> Iterator[Case]:
+def cases(device: str, dtype: torch.dtype, *, compiled: bool) -> Iterator[Case]:
     """All implementations that never build the merged mask, each four ways, and the plain ones once."""
     for name in implementations(device, dtype):
         plain = name in ("eager", "sdpa")
-        ways = [(True, False)] if plain else itertools.product((True, False), (False, True))
+        ways = [(True, False)] if plain else itertools.product((True, False), (False, True) if compiled else (False,))
         yield from (Case(name, checkpointing, compiled) for checkpointing, compiled in ways)
 
 
@@ -71,7 +71,9 @@ def time_steps(case: Case, size: str, given: list[Batch], device: str, dtype: to
     return {"step_s": statistics.median(seconds[2:]), "peak_gb": peak, "first_loss": losses[0], "last_loss": losses[-1]}
 
 
-def measure(size: str, encoder_tokens: int, batch: int, steps: int, device: str) -> dict[str, Any]:
+def measure(
+    size: str, encoder_tokens: int, batch: int, steps: int, device: str, *, compiled: bool = True
+) -> dict[str, Any]:
     """Every case, with tokens/s of real tokens and MFU; a case that does not fit says so."""
     dtype = torch.bfloat16 if device != "cpu" else torch.float32
     config = SHAPES[size]
@@ -80,7 +82,7 @@ def measure(size: str, encoder_tokens: int, batch: int, steps: int, device: str)
     real = statistics.mean(int(b["attention_mask"].sum() + (b["labels"] != -100).sum()) for b in timed)
     flops, peak = flops_of(config, encoder_tokens) * batch, peak_flops(device, dtype)
     found: dict[str, Any] = {"encoder_tokens": encoder_tokens, "batch": batch, "real_tokens_a_step": round(real)}
-    for case in cases(device, dtype):
+    for case in cases(device, dtype, compiled=compiled):
         try:
             figures = time_steps(case, size, given, device, dtype)
         except torch.OutOfMemoryError:

@@ -161,8 +161,8 @@ def watch_memory(engine: str) -> None:
         used.append(memory("VmHWM") - before)  # not what an optimizer takes afterwards
 
     start(engine, planned._replace(weights=SimpleNamespace(stream=lambda: watched(planned.weights.stream()))))
-    allowed = total / distributed.world_size() + 2 * largest + 24 * MEGABYTE
-    assert total > 2 * allowed
+    allowed = total / distributed.world_size() + 2 * largest + 36 * MEGABYTE  # of the heap, and of gloo's buffers
+    assert total > 1.9 * allowed
     found = [f"{count / MEGABYTE:.0f}" for count in (*used, allowed, total)]
     assert used[0] < allowed, f"MB used, allowed, of the whole model: {', '.join(found)}"
 
