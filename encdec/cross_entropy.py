@@ -30,6 +30,7 @@ def chunked_cross_entropy(
     labels: Tensor,
     num_items_in_batch: Tensor | int | None = None,
     max_logits_bytes: int = MAX_LOGITS_BYTES,
+    labelled: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy of `hidden_states @ head.T` in nats, summed in float32 over labelled tokens, over their number.
 
@@ -45,6 +46,7 @@ def chunked_cross_entropy(
         labels: [...], -100 where there is no loss. Without any label the loss is 0.
         num_items_in_batch: the divisor, in tokens; default: the labelled ones.
         max_logits_bytes: what the [C, V] float32 logits of one piece may take. A piece has one token at least.
+        labelled: `labelled_places` of the labels, where the host has waited for them before; not in torch.compile.
 
     Returns:
         A float32 scalar.
@@ -55,7 +57,8 @@ def chunked_cross_entropy(
         if num_items_in_batch is None:
             return total / (flat_labels != IGNORED_LABEL).sum().clamp(min=1)
         return total / num_items_in_batch
-    labelled = (flat_labels != IGNORED_LABEL).nonzero().squeeze(1)  # [N]
+    if labelled is None:
+        labelled = labelled_places(labels)
     kept, targets = hidden_states.flatten(0, -2)[labelled], flat_labels[labelled]
     device = hidden_states.device.type
     if torch.is_autocast_enabled(device):
@@ -64,6 +67,11 @@ def chunked_cross_entropy(
     with torch.autocast(device, enabled=False):
         total = _SummedCrossEntropy.apply(kept, head, targets, piece, torch.is_grad_enabled())
     return total / (max(1, len(targets)) if num_items_in_batch is None else num_items_in_batch)
+
+
+def labelled_places(labels: Tensor) -> Tensor:
+    """[N] places of the labels that count among all; their number is data, for which the host waits."""
+    return (labels.flatten() != IGNORED_LABEL).nonzero().squeeze(1)
 
 
 def tokens_per_piece(vocabulary: int, max_logits_bytes: int) -> int:

@@ -35,7 +35,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from encdec.attention.plan import AttentionMask, lay_out, plan_decoder, plan_encoder, without_padding
 from encdec.attention.sequences import tokens_before_the_end
 from encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
-from encdec.cross_entropy import IGNORED_LABEL, MAX_LOGITS_BYTES, chunked_cross_entropy
+from encdec.cross_entropy import IGNORED_LABEL, MAX_LOGITS_BYTES, chunked_cross_entropy, labelled_places
 from encdec.layers_qwen3_encdec import Qwen3DecoderLayer, Qwen3EncoderLayer
 from encdec.merged_attention import Qwen3MergedAttention
 from encdec.mixture_of_experts import (
@@ -301,8 +301,9 @@ class Qwen3ForSeq2SeqLM(Seq2SeqInterface, Qwen3EncoderDecoderPreTrainedModel, Ge
             decoder_attention_mask = tokens_before_the_end(from_labels, IGNORED_LABEL)
         masks: tuple[AttentionMask, AttentionMask] = (attention_mask, decoder_attention_mask)
         if past_key_values is None and not self.shows_inside(outputs_asked_for):
-            # before anything is computed: the host waits for the masks alone
+            # before anything is computed: the host waits for the masks alone, and for the labels
             masks = without_padding(attention_mask), without_padding(decoder_attention_mask)
+        labelled = None if labels is None or torch.compiler.is_compiling() else labelled_places(labels)
         balanced = labels is not None and self.config.num_experts is not None
         with routing_where(balanced) as encoder_routing:
             if encoder_outputs is None:
@@ -321,8 +322,9 @@ class Qwen3ForSeq2SeqLM(Seq2SeqInterface, Qwen3EncoderDecoderPreTrainedModel, Ge
         loss = lm_loss = aux_loss = logits = None
         if labels is not None:
             loss = lm_loss = chunked_cross_entropy(
-                decoded.last_hidden_state, self.shared.weight, labels, num_items_in_batch, self.max_logits_bytes
-            )
+                decoded.last_hidden_state, self.shared.weight, labels, num_items_in_batch, self.max_logits_bytes,
+                labelled,
+            )  # fmt: skip
             if self.config.num_experts is not None:
                 targets = labels.ne(IGNORED_LABEL)
                 stacks = [
