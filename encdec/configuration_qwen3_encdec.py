@@ -99,6 +99,20 @@ class Qwen3EncoderDecoderConfig(Qwen3Config):
         super().save_pretrained(save_directory, push_to_hub, **kwargs)
         write_code(Path(save_directory))
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers' own, which takes another architecture's fields for ours and only warns.
+
+        Raises:
+            ConfigError: the fields are another architecture's.
+        """
+        model_type = config_dict.get("model_type", cls.model_type)
+        _require(
+            model_type == cls.model_type, f"the model_type must be {cls.model_type}", model_type,
+            "Make an encoder-decoder of a Qwen3 with python -m encdec.weight_initialization --from ... --to ...",
+        )  # fmt: skip
+        return super().from_dict(config_dict, **kwargs)
+
     @property
     def sentinel_ids(self) -> range:
         """The ids of `<extra_id_0>`, `<extra_id_1>`, ... in this order."""

@@ -89,8 +89,8 @@ batch = tokenizer(texts, return_tensors="pt", padding=True)
 print(tokenizer.batch_decode(model.generate(**batch, max_new_tokens=32)))
 ```
 
-Trained by denoising (UL2), it fills in the spans that sentinels stand for: each sentinel of the input, in the output,
-is followed by the text of its span."""
+Once trained by denoising (UL2), it fills in the spans that sentinels stand for: each sentinel of the input, in the
+output, is followed by the text of its span."""
 
 
 def _training(facts: Mapping[str, str] | None) -> str:

@@ -115,7 +115,6 @@ def _check_gradients(model: nn.Module, loss: Tensor, report: SanityReport) -> No
     report.add("backward", True, "done")
     for side in ("encoder", "decoder"):
         # each stack's own layers: the embedding gets gradients from both
-        # each stack's own layers: the embedding gets gradients from both
         silent = [n for n, p in _learning(model) if n.startswith(f"{side}.layers.") and not _has_gradient(p)]
         report.add(
             f"{side}_gradients", not silent, f"none in {silent[:3]}" if silent else "every layer parameter has one"

@@ -5,6 +5,7 @@ Shapes: B examples, S_e encoder tokens, S_d decoder tokens of this call, P decod
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor
 from encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 from encdec.cross_entropy import IGNORED_LABEL
 from encdec.errors import InputError
+
+UNKNOWN = ("position_ids", "decoder_position_ids", "inputs_embeds", "decoder_inputs_embeds")
+"""Arguments of other models' forward passes."""
 
 
 def check_inputs(
@@ -41,7 +45,7 @@ def check_inputs(
         num_cached: P.
 
     Raises:
-        InputError: inputs are missing, empty, too long, of different batches, or ids that have no row.
+        InputError: inputs are missing, not of two dimensions, not integers, empty, too long, of different batches, or ids that have no row.
     """
     if decoder_input_ids is None or (input_ids is None and encoder_outputs is None):
         raise InputError(
@@ -50,6 +54,13 @@ def check_inputs(
             f"labels {_shape(labels)}, decoder_input_ids {_shape(decoder_input_ids)}",
             remedy="Give the ones that are missing",
         )
+    for label, ids in (("input_ids", input_ids), ("labels", labels), ("decoder_input_ids", decoder_input_ids)):
+        if ids is not None and (ids.ndim != 2 or ids.is_floating_point()):
+            raise InputError(
+                f"{label} must be integers, one row of token ids for each example",
+                found=f"{ids.dtype} {list(ids.shape)}",
+                remedy="Give the ids that the tokenizer makes with return_tensors='pt' and padding=True",
+            )
     if encoder_outputs is not None:
         encoder_shape, name = tuple(encoder_outputs[0].shape[:2]), "encoder_outputs"
     else:
@@ -86,6 +97,24 @@ def check_inputs(
             f"{name} and decoder_input_ids must be of one batch",
             found=f"{encoder_shape[0]} and {decoder_shape[0]} examples",
             remedy="Give each example its encoder and its decoder side",
+        )
+
+
+def refuse_unknown(kwargs: Mapping[str, Any]) -> None:
+    """Refuse arguments that other models of transformers take and this one would pass over.
+
+    Args:
+        kwargs: what a forward pass was given besides its own arguments; None counts as not given.
+
+    Raises:
+        InputError: positions, or embeddings instead of ids.
+    """
+    given = [name for name in UNKNOWN if kwargs.get(name) is not None]
+    if given:
+        raise InputError(
+            "positions follow from the masks, and tokens come as ids",
+            found=f"{', '.join(given)} given",
+            remedy="Leave it out; give input_ids with attention_mask, and labels or decoder_input_ids",
         )
 
 

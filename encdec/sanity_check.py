@@ -17,7 +17,7 @@ from torch import nn
 
 from encdec.command_line import Help, Parser, exit_code_of
 from encdec.errors import ConfigError, EncdecError, MissingPrerequisite
-from encdec.files import RunPaths, atomic_write_json
+from encdec.files import MANIFEST, RunPaths, atomic_write_json
 from encdec.model_checks import CHECKS, LOADING, Check, SanityReport, check_model
 from encdec.modeling_qwen3_encdec import Qwen3ForSeq2SeqLM
 from encdec.pipeline.scale_run import load_trained
@@ -34,14 +34,17 @@ SHOWN = 300
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns 0 if all checks pass, 1 if one fails, 78 for a command line that is not understood."""
+    """Returns 0 if all checks pass, 1 if one fails, 78 for a command line that is not understood, a device that is not
+    there or a report that cannot be written."""
     return exit_code_of(lambda: check_and_show(parse(argv)))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="python -m encdec.sanity_check",
-        description="Ten checks of a model; exit 1 if one fails, 78 if the command is not understood.",
+        description="Ten checks of a model; exit 1 if one fails, 78 if the command is not understood, the device is not "
+        "there or the report cannot be written. With --config, a tokenizer that the run would train is trained, and "
+        "kept in data.packed_dir.",
         formatter_class=Help,
         allow_abbrev=False,
     )
@@ -76,25 +79,31 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def check_and_show(arguments: argparse.Namespace) -> int:
     require_device(arguments.device)
+    if arguments.report and not arguments.report.parent.is_dir():
+        raise unwritable(arguments.report, "no such folder")
     report = check_named_model(arguments)
     document = {
         "model": str(arguments.config or arguments.model_path), "device": arguments.device, "dtype": arguments.dtype,
         **report.to_json(),
     }  # fmt: skip
-    if arguments.report:
-        try:
-            atomic_write_json(arguments.report, document)
-        except OSError as error:
-            raise MissingPrerequisite(
-                "--report must name a file that can be written",
-                found=f"{arguments.report} ({error.strerror})", remedy="Give another one",
-            ) from None  # fmt: skip
     if arguments.json:
         print(json.dumps(document))
     else:
         print("\n".join(report.lines()))
         print("all checks passed" if report.passed else "sanity check FAILED")
+    if arguments.report:
+        try:
+            atomic_write_json(arguments.report, document)
+        except OSError as error:
+            raise unwritable(arguments.report, error.strerror) from None
     return 0 if report.passed else 1
+
+
+def unwritable(report: Path, reason: str | None) -> MissingPrerequisite:
+    return MissingPrerequisite(
+        "--report must name a file that can be written, in a folder that is there",
+        found=f"{report} ({reason})", remedy="Give another one",
+    )  # fmt: skip
 
 
 def check_named_model(arguments: argparse.Namespace) -> SanityReport:
@@ -137,8 +146,10 @@ def load_saved(name_or_path: str, dtype: torch.dtype) -> Qwen3ForSeq2SeqLM:
     """The model of a folder or hub id, all of it: transformers would draw what is missing and only warn.
 
     Raises:
-        ConfigError: parameters are missing, unknown or of another shape.
+        ConfigError: parameters are missing, unknown or of another shape, or it is a run's checkpoint.
+        MissingPrerequisite: there is no such folder.
     """
+    require_folder_of_model(name_or_path)
     model, info = Qwen3ForSeq2SeqLM.from_pretrained(name_or_path, dtype=dtype, output_loading_info=True)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := sorted(map(str, info[kind])):
@@ -148,6 +159,25 @@ def load_saved(name_or_path: str, dtype: torch.dtype) -> Qwen3ForSeq2SeqLM:
                 remedy="Save or export the model again",
             )
     return model
+
+
+def require_folder_of_model(name_or_path: str) -> None:
+    """Refuse what is clearly neither a model's folder nor a hub id, before transformers asks the hub for it.
+
+    Raises:
+        ConfigError: it is a checkpoint, which has no model's files.
+        MissingPrerequisite: a path that leads nowhere.
+    """
+    path = Path(name_or_path)
+    if (path / MANIFEST).is_file():
+        raise ConfigError(
+            "--model-path must be a model's folder or a run directory",
+            found="a run's checkpoint",
+            remedy="Give the run directory, or export it: python -m encdec.checkpoints export CHECKPOINT DIR",
+        )
+    is_path = path.is_absolute() or name_or_path.startswith((".", "~")) or len(path.parts) > 2  # noqa: PLR2004
+    if is_path and not path.exists():
+        raise MissingPrerequisite("--model-path must be there", found="no such folder", remedy="Correct the path")
 
 
 def load_run(paths: RunPaths) -> tuple[nn.Module, Qwen3EncoderDecoderTokenizer]:

@@ -16,8 +16,11 @@ from encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 from encdec.cross_entropy import IGNORED_LABEL
 from encdec.errors import ConfigError
 from encdec.hub_code import write_code
-from encdec.model_card import model_card, write_model_card
+from encdec.model_card import MODEL_CARD, model_card, write_model_card
 from encdec.model_inputs import check_length, check_token_ids
+
+TEMPLATE_CARD = "This model card has been automatically generated"
+"""What transformers' card for a model without one says."""
 
 
 class Seq2SeqInterface:
@@ -59,13 +62,14 @@ class Seq2SeqInterface:
             The one embedding, [V, H], that encoder, decoder and head share.
 
         Raises:
-            ConfigError: a sentinel, the padding, the end or the start token would lose its row.
+            ConfigError: a sentinel, a mode token, the padding, the end or the start token would lose its row.
         """
         config, multiple = self.config, pad_to_multiple_of or 1
         if new_num_tokens is not None:
             rows = -(-new_num_tokens // multiple) * multiple
             assert isinstance(config.eos_token_id, int)  # as the configuration demands
             highest = max(config.pad_token_id or 0, config.eos_token_id, config.decoder_start_token_id)
+            highest = max([highest, *(config.mode_token_ids or ())])
             needed = max(highest + 1, config.sentinel_start_id + config.num_sentinel_tokens)
             if rows < needed:
                 raise ConfigError(
@@ -103,3 +107,11 @@ class Seq2SeqInterface:
         if self.should_save_on_this_rank(is_main_process):  # type: ignore[attr-defined]
             write_code(Path(save_directory))
             write_model_card(Path(save_directory), model_card(self.config, self.num_parameters()))  # type: ignore[attr-defined]
+
+    def _upload_modified_files(self, working_dir: str | Path, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' own, which `push_to_hub` ends with, but our card instead of its empty template."""
+        path = Path(working_dir, MODEL_CARD)
+        if path.is_file() and TEMPLATE_CARD in path.read_text(encoding="utf-8"):
+            path.unlink()
+            write_model_card(path.parent, model_card(self.config, self.num_parameters()))  # type: ignore[attr-defined]
+        return super()._upload_modified_files(working_dir, *args, **kwargs)  # type: ignore[misc]

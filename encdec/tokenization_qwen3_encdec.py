@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import numbers
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -53,9 +54,10 @@ class Qwen3EncoderDecoderTokenizer(Qwen2Tokenizer):
             mode_tokens: add UL2's [R], [S] and [X] behind them.
 
         Raises:
-            ConfigError: `vocab_size` leaves no room for the 256 bytes.
+            ConfigError: `vocab_size` leaves no room for the 256 bytes, or `num_sentinel_tokens` is negative.
             DataError: the texts have fewer distinct merges than `vocab_size` asks for.
         """
+        _require_count(num_sentinel_tokens)
         reserved = reserved_tokens(num_sentinel_tokens, mode_tokens=mode_tokens)
         num_learned = vocab_size - len(reserved)
         if num_learned < BYTE_ALPHABET_SIZE:
@@ -99,10 +101,12 @@ class Qwen3EncoderDecoderTokenizer(Qwen2Tokenizer):
             *args, **kwargs: transformers' own.
 
         Raises:
-            ConfigError: the tokenizer already has more sentinels than wanted, or mode tokens where none are, or lacks
+            ConfigError: the tokenizer already has more sentinels than wanted, or fewer than 0 are wanted, or it has mode tokens where none are, or lacks
                 `<|im_end|>`.
             MissingPrerequisite: no such directory, no tokenizer in it, or no way to the hub.
         """
+        if num_sentinel_tokens is not None:
+            _require_count(num_sentinel_tokens)
         try:
             tokenizer = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except OSError as error:
@@ -149,6 +153,7 @@ class Qwen3EncoderDecoderTokenizer(Qwen2Tokenizer):
         Raises:
             DataError: there are some.
         """
+        token_ids = int(token_ids) if isinstance(token_ids, numbers.Integral) else token_ids  # NumPy's, too
         self._require_known([token_ids] if isinstance(token_ids, int) else token_ids)
         return super()._decode(token_ids, *args, **kwargs)
 
@@ -158,6 +163,7 @@ class Qwen3EncoderDecoderTokenizer(Qwen2Tokenizer):
         Raises:
             DataError: there are some.
         """
+        ids = int(ids) if isinstance(ids, numbers.Integral) else ids  # NumPy's, too
         self._require_known([ids] if isinstance(ids, int) else ids)
         return super().convert_ids_to_tokens(ids, *args, **kwargs)
 
@@ -285,6 +291,14 @@ def _learn_bpe(texts: Iterable[str], vocab_size: int) -> tuple[dict[str, int], l
     learner.train_from_iterator(texts, trainer)
     model = json.loads(learner.to_str())["model"]
     return model["vocab"], [tuple(merge) for merge in model["merges"]]
+
+
+def _require_count(num_sentinel_tokens: int) -> None:
+    if num_sentinel_tokens < 0:
+        raise ConfigError(
+            "num_sentinel_tokens must be 0 or more", found=num_sentinel_tokens,
+            remedy=f"{DEFAULT_NUM_SENTINEL_TOKENS} is the default",
+        )  # fmt: skip
 
 
 def _nothing_to_load(name: str | Path) -> MissingPrerequisite:

@@ -28,12 +28,13 @@ from encdec.checkpoints.commands.shared import progress_bar, writing
 from encdec.checkpoints.export import DTYPES
 from encdec.command_line import Help, Parser, exit_code_of
 from encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
-from encdec.errors import ConfigError
+from encdec.errors import ConfigError, MissingPrerequisite
 from encdec.initialization.folder import require_place, require_room_for, write_model
 from encdec.initialization.qwen3 import Qwen3Weights, require_tokenizers_rows, target_names
 from encdec.initialization.saved import SavedWeights
 from encdec.initialization.source import CONFIG_ALONE, FILES, SourceFiles, checkpoint_directory, model_type_of
 from encdec.initialization.streams import InitialWeights, SeededWeights, StoredStream, fill, give_memory
+from encdec.model_card import model_card, write_model_card
 from encdec.modeling_qwen3_encdec import Qwen3ForSeq2SeqLM
 from encdec.tokenization_qwen3_encdec import Qwen3EncoderDecoderTokenizer
 
@@ -252,7 +253,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="most of one safetensors file, also what is held in memory: bytes, or with KB, MB, GB (powers of 1000)",
     )  # fmt: skip
     parser.add_argument(
-        "--force", action="store_true", help="replace a model that is at --to, once the new one is whole"
+        "--force", action="store_true", help="replace an encoder-decoder that is at --to, once the new one is whole"
     )
     parser.add_argument("--json", action="store_true", help="print the report as one JSON document")
     return parser.parse_args(argv)
@@ -269,17 +270,15 @@ def _size(text: str) -> int:
 def _write_and_show(arguments: argparse.Namespace) -> int:
     """Everything that can be wrong is looked at before anything is written."""
     dtype, out = DTYPES[arguments.dtype], arguments.out
-    require_place(out, replace=arguments.force)
+    named = filter(None, (arguments.source, arguments.tokenizer))
+    require_place(out, replace=arguments.force, inputs=map(Path, named))
     if arguments.num_sentinel_tokens < 1:
         raise ConfigError(
             "--num-sentinel-tokens must be 1 or more", found=arguments.num_sentinel_tokens, remedy="100 is the default"
         )
     directory = checkpoint_directory(arguments.source, FILES)
     qwen3 = _read_qwen3_config(directory)
-    tokenizer = Qwen3EncoderDecoderTokenizer.from_pretrained(
-        arguments.tokenizer or str(directory),
-        num_sentinel_tokens=arguments.num_sentinel_tokens, mode_tokens=arguments.mode_tokens,
-    )  # fmt: skip
+    tokenizer = _tokenizer_of(arguments, directory)
     model = describe_pretrained(directory, arguments.num_sentinel_tokens, tokenizer=tokenizer, dtype=dtype)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     weights = Qwen3Weights(SourceFiles(directory), model.config, shapes)
@@ -291,8 +290,11 @@ def _write_and_show(arguments: argparse.Namespace) -> int:
         config.save_pretrained(folder)
         model.generation_config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        base_model = None if Path(arguments.source).is_dir() else arguments.source
+        write_model_card(folder, model_card(config, parameters, base_model=base_model))
 
-    total = sum(shape.numel() for shape in shapes.values()) * dtype.itemsize
+    parameters = sum(shape.numel() for shape in shapes.values())
+    total = parameters * dtype.itemsize
     with progress_bar("writing", total) as progress, writing(out):
         report = write_model(
             out, weights, model.config, save_beside, source=arguments.source, source_tied=qwen3.tie_word_embeddings,
@@ -300,6 +302,27 @@ def _write_and_show(arguments: argparse.Namespace) -> int:
         )  # fmt: skip
     print(json.dumps({"directory": str(out), **report.to_json()}) if arguments.json else "\n".join(report.lines()))
     return 0
+
+
+def _tokenizer_of(arguments: argparse.Namespace, directory: Path) -> Qwen3EncoderDecoderTokenizer:
+    """The source's tokenizer, with the tokens that ours has besides.
+
+    Raises:
+        MissingPrerequisite: it is neither beside the source nor where --tokenizer says.
+    """
+    try:
+        return Qwen3EncoderDecoderTokenizer.from_pretrained(
+            arguments.tokenizer or str(directory),
+            num_sentinel_tokens=arguments.num_sentinel_tokens, mode_tokens=arguments.mode_tokens,
+        )  # fmt: skip
+    except MissingPrerequisite:
+        if arguments.tokenizer:
+            raise
+        raise MissingPrerequisite(
+            "the source must have its tokenizer beside it, or --tokenizer must name one",
+            found=f"none in {directory}",
+            remedy="Give its directory or hub id with --tokenizer",
+        ) from None
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from encdec.checkpoints.manifest import Manifest
 from encdec.checkpoints.model_files import ADAPTER_CONFIG, CONFIG, find_model_files
 from encdec.checkpoints.payload import open_weights
 from encdec.checkpoints.training_facts import TrainingFacts, checkpoint_rows
-from encdec.checkpoints.weights import Weights
+from encdec.checkpoints.weights import Weights, shape_in
 from encdec.errors import CheckpointError, ConfigError
 from encdec.files import atomic_write_json, staged_directory
 from encdec.hub_code import AUTO_MAP, MODULES, write_code
@@ -161,14 +161,10 @@ def _require_same_model(tensors: Mapping[str, Tensor], files: Path) -> None:
         first = differing[0]
         raise CheckpointError(
             f"{files / CONFIG} must describe the model of the checkpoint",
-            found=f"{len(differing)} tensors that differ: {first} has shape {_shape(described, first)} there, "
-            f"{_shape(stored, first)} in the checkpoint",
+            found=f"{len(differing)} tensors that differ: {first} has shape {shape_in(described, first)} there, "
+            f"{shape_in(stored, first)} in the checkpoint",
             remedy="Give the folder that belongs to it with --files-from DIR",
         )
-
-
-def _shape(shapes: Mapping[str, torch.Size], name: str) -> object:
-    return list(shapes[name]) if name in shapes else "none"
 
 
 def _copy_model_files(files: Path, folder: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from encdec.checkpoints.weights import Piece, Weights, whole
+from encdec.checkpoints.weights import Piece, Weights, box, whole
 from encdec.errors import CheckpointError
 
 Part = Literal["merged", "base", "adapter"]
@@ -71,6 +71,4 @@ class LoraWeights:
         if self._part == "merged" and BASE in source:
             down, up = (self._stored.read(source.replace(BASE, side)) for side in (A, B))
             tensor = tensor + self._scale * (up @ down)
-        if piece is None:
-            return tensor
-        return tensor[tuple(slice(first, first + size) for first, size in zip(*piece, strict=True))]
+        return box(tensor, piece)

@@ -30,6 +30,21 @@ def whole(tensor: Tensor) -> Piece:
     return Piece((0,) * tensor.dim(), tuple(tensor.shape))
 
 
+def slices_of(piece: Piece) -> tuple[slice, ...]:
+    """What to index a tensor with to have a box of it."""
+    return tuple(slice(at, at + size) for at, size in zip(piece.offsets, piece.sizes, strict=True))
+
+
+def box(values: Tensor, piece: Piece | None = None) -> Tensor:
+    """A view of some box of a tensor, or the tensor."""
+    return values if piece is None else values[slices_of(piece)]
+
+
+def shape_in(shapes: Mapping[str, Sequence[int]], name: str) -> str:
+    """The shape of one of several tensors, for messages: "(3, 4)", or "nothing"."""
+    return str(tuple(shapes[name])) if name in shapes else "nothing"
+
+
 class Weights(Protocol):
     """Parameters and persistent buffers of one verified checkpoint, under the model's own names."""
 

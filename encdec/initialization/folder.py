@@ -9,7 +9,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 from encdec.errors import ConfigError, MissingPrerequisite
 from encdec.files import atomic_write_json, staged_directory
 from encdec.initialization.qwen3 import EMBEDDING, UNUSED_ROWS_SEED, Qwen3Weights
+from encdec.initialization.source import model_type_of
 
 REPORT = "initialization.json"
 FILES_BESIDE_WEIGHTS = 8
@@ -99,7 +100,9 @@ class _Converted:
         return [whole(self.tensors[name])]
 
     def read(self, name: str, piece: Piece | None = None) -> Tensor:
-        values = self._weights.read(name, piece).to(self.tensors[name].dtype)
+        values = self._weights.read(name, piece).to(
+            self.tensors[name].dtype, copy=True
+        )  # each name memory of its own, as safetensors demands
         feed_tensor(self.hasher, name, values)
         return values
 
@@ -156,8 +159,11 @@ def write_model(
     return report
 
 
-def require_place(out: Path, *, replace: bool) -> None:
-    """Refuse to write over anything but a model's directory that may be replaced.
+def require_place(out: Path, *, replace: bool, inputs: Iterable[Path] = ()) -> None:
+    """Refuse to write over anything but a directory of a model of ours that may be replaced.
+
+    Args:
+        inputs: what is read: nothing of it may be in ``out``.
 
     Raises:
         ConfigError: something else is at ``out``.
@@ -170,12 +176,31 @@ def require_place(out: Path, *, replace: bool) -> None:
             found=out,
             remedy="Give another one with --to, or --force to replace it",
         )
-    if out.is_symlink() or not (out / "config.json").is_file():
+    place = out.resolve()
+    if held := [path for path in inputs if path.exists() and path.resolve().is_relative_to(place)]:
         raise ConfigError(
-            "--force replaces a model's directory and nothing else",
-            found=f"{out} without a config.json",
+            "--force must not replace what the model is made from",
+            found=f"{held[0]} in {out}",
+            remedy="Give another directory with --to",
+        )
+    if fault := _why_no_model_of_ours(out):
+        raise ConfigError(
+            "--force replaces the directory of an encoder-decoder and nothing else",
+            found=f"{out} {fault}",
             remedy="Remove it yourself, or give another one with --to",
         )
+
+
+def _why_no_model_of_ours(out: Path) -> str | None:
+    if out.is_symlink():
+        return "which is a symbolic link"
+    if not (out / "config.json").is_file():
+        return "without a config.json"
+    try:
+        model_type = model_type_of(out)
+    except MissingPrerequisite:
+        return "with a config.json that cannot be read"
+    return None if model_type == Qwen3EncoderDecoderConfig.model_type else f"of model_type {model_type}"
 
 
 def require_room_for(out: Path, weights: Qwen3Weights, dtype: torch.dtype) -> None:
@@ -205,8 +230,13 @@ def _replaced(out: Path, replace: bool) -> Iterator[Path]:
     new, old = (out.with_name(f".{out.name}.{what}-{os.getpid()}") for what in ("new", "old"))
     try:
         yield new
-        os.rename(out, old)
-        os.rename(new, out)
+        try:
+            os.rename(out, old)
+            os.rename(new, out)
+        except BaseException:
+            if old.exists() and not os.path.lexists(out):
+                os.rename(old, out)
+            raise
         shutil.rmtree(old)
     finally:
         shutil.rmtree(new, ignore_errors=True)

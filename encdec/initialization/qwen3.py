@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from encdec.checkpoints.weights import Piece, whole
+from encdec.checkpoints.weights import Piece, shape_in, whole
 from encdec.configuration_qwen3_encdec import QWEN3_USED_ROWS, QWEN3_VOCAB_SIZE, Qwen3EncoderDecoderConfig
 from encdec.errors import ConfigError
 from encdec.initialization.source import SourceFiles
@@ -88,7 +88,7 @@ def plan_keys(source: Mapping[str, Tensor], parameters: Mapping[str, torch.Size]
             if not _fits(name, tensor.shape, parameters.get(name)):
                 raise ConfigError(
                     "the source's tensors must have the shapes its config gives",
-                    found=f"{source_name} {tuple(tensor.shape)} for {name} {_shape(parameters, name)}",
+                    found=f"{source_name} {tuple(tensor.shape)} for {name} {shape_in(parameters, name)}",
                     remedy="Check that config.json belongs to these weights",
                 )
             targets[name] = source_name
@@ -199,7 +199,3 @@ def _fits(name: str, shape: torch.Size, wanted: torch.Size | None) -> bool:
     if name == EMBEDDING:  # ours may have grown
         return shape[1:] == wanted[1:] and shape[0] <= wanted[0]
     return shape == wanted
-
-
-def _shape(parameters: Mapping[str, torch.Size], name: str) -> str:
-    return str(tuple(parameters[name])) if name in parameters else "(no such parameter)"

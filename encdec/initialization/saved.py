@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from encdec.checkpoints.weights import Piece, whole
+from encdec.checkpoints.weights import Piece, shape_in, whole
 from encdec.errors import ConfigError
 from encdec.initialization.source import SourceFiles
 
@@ -30,8 +30,8 @@ class SavedWeights:
             name = differing[0]
             raise ConfigError(
                 "a model's files must hold exactly the parameters that its config.json describes",
-                found=f"{len(differing)} that differ, {name}: {_shape(there, name)} there, "
-                f"{_shape(parameters, name)} described, in {source.directory}",
+                found=f"{len(differing)} that differ, {name}: {shape_in(there, name)} there, "
+                f"{shape_in(parameters, name)} described, in {source.directory}",
                 remedy="Export the model again with python -m encdec.checkpoints export RUN DIR, or download it again",
             )
         self.source = source
@@ -47,7 +47,3 @@ class SavedWeights:
             MissingPrerequisite: the files cannot be read.
         """
         return self.source.read(name, piece)
-
-
-def _shape(shapes: Mapping[str, torch.Size], name: str) -> str:
-    return str(tuple(shapes[name])) if name in shapes else "nothing"

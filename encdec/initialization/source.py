@@ -13,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from encdec.checkpoints.weights import Piece
+from encdec.checkpoints.weights import Piece, slices_of
 from encdec.errors import MissingPrerequisite
 
 INDEX = "model.safetensors.index.json"
@@ -100,8 +100,7 @@ class SourceFiles:
             file = self._opened(path)
             if piece is None or piece.sizes == tuple(self.tensors[name].shape):
                 return file.get_tensor(name)
-            box = tuple(slice(at, at + size) for at, size in zip(piece.offsets, piece.sizes, strict=True))
-            return file.get_slice(name)[box]
+            return file.get_slice(name)[slices_of(piece)]
         except (SafetensorError, OSError) as error:
             raise _unreadable(path, error) from error
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from encdec.checkpoints.stored import persistent_buffers
 from encdec.checkpoints.weights import Piece, Weights
+from encdec.checkpoints.weights import box as box  # for those that import it from here
 
 Read = Callable[[Piece | None], Tensor]
 """A box of a parameter's values, or all of them, on the CPU. Valid until the stream goes on."""
@@ -92,13 +93,6 @@ def _initialise(module: nn.Module, owner: PreTrainedModel, state: Tensor) -> Ten
         torch.random.default_generator.set_state(state)  # not torch.manual_seed, which would reseed the GPUs too
         owner._init_weights(module)
         return torch.random.default_generator.get_state()
-
-
-def box(values: Tensor, piece: Piece | None = None) -> Tensor:
-    """A view of some box of a tensor, or the tensor."""
-    if piece is None:
-        return values
-    return values[tuple(slice(at, at + size) for at, size in zip(piece.offsets, piece.sizes, strict=True))]
 
 
 @torch.no_grad()

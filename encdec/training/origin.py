@@ -22,7 +22,7 @@ from encdec.errors import CheckpointError, ConfigError, MissingPrerequisite, Run
 from encdec.files import RunPaths, atomic_write_json
 from encdec.initialization.saved import SavedWeights
 from encdec.initialization.source import FILES, SourceFiles, checkpoint_directory, model_type_of
-from encdec.initialization.streams import Stream, box
+from encdec.initialization.streams import Stream
 from encdec.training.execution import StartingPoint
 from encdec.training.promotion import GateFile, Origin, gate_path, read_origin, require_passed
 from encdec.training.run_config import RunConfig

@@ -101,3 +101,21 @@ def test_command_lines_that_are_not_understood(exported: Path, tmp_path: Path, c
     ):  # fmt: skip
         assert main(argv) == 78, argv
         assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_paths_that_are_no_models(twin: RunPaths, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    checkpoint = next(path for path in twin.checkpoints.iterdir() if (path / "manifest.json").is_file())
+    said = verdicts(capsys, "--model-path", str(checkpoint), code=1)["model_loads"][1]
+    assert "a run's checkpoint" in said and "encdec.checkpoints export" in said
+    said = verdicts(capsys, "--model-path", str(tmp_path / "absent"), code=1)["model_loads"][1]
+    assert "no such folder" in said and "Correct the path" in said
+
+
+def test_verdicts_come_before_a_report_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    absent = str(tmp_path / "absent")
+    assert main(["--model-path", absent, "--report", str(tmp_path / "no" / "report.json")]) == 78
+    seen = capsys.readouterr()
+    assert seen.out == "" and "no such folder" in seen.err
+    assert main(["--model-path", absent, "--report", str(tmp_path)]) == 78
+    seen = capsys.readouterr()
+    assert "FAIL" in seen.out and "--report must name a file" in seen.err

@@ -71,7 +71,7 @@ def _export(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--part", choices=PARTS, default="merged",
         help="of a run with low-rank adapters (model.lora): the model with them merged in, without them, or the "
-        "adapter alone, for peft.PeftModel.from_pretrained (default: merged)",
+        "adapter alone, for peft.PeftModel.from_pretrained",
     )  # fmt: skip
 
 
