@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from encdec.checkpoints.weights import box
 from encdec.errors import ConfigError
-from encdec.initialization.streams import InitialWeights, Stream, box
+from encdec.initialization.streams import InitialWeights, Stream
 from encdec.training.model_options import LoraConfig
 from encdec.training.rules import require_peft
 

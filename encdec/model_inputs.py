@@ -45,7 +45,8 @@ def check_inputs(
         num_cached: P.
 
     Raises:
-        InputError: inputs are missing, not of two dimensions, not integers, empty, too long, of different batches, or ids that have no row.
+        InputError: inputs are missing, not of two dimensions, not integers, empty, too long, of different batches, or
+            ids that have no row.
     """
     if decoder_input_ids is None or (input_ids is None and encoder_outputs is None):
         raise InputError(

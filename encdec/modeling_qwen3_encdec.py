@@ -45,7 +45,7 @@ from encdec.mixture_of_experts import (
     routing_where,
     spread_routing,
 )
-from encdec.model_inputs import check_inputs
+from encdec.model_inputs import check_inputs, refuse_unknown
 from encdec.seq2seq_interface import Seq2SeqInterface
 
 
@@ -287,6 +287,7 @@ class Qwen3ForSeq2SeqLM(Seq2SeqInterface, Qwen3EncoderDecoderPreTrainedModel, Ge
         Raises:
             InputError: inputs are missing, empty, too long, of different batches, or ids that have no row.
         """
+        refuse_unknown(outputs_asked_for)
         from_labels = labels if decoder_input_ids is None else None
         if from_labels is not None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(from_labels)

@@ -42,8 +42,8 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="python -m encdec.sanity_check",
-        description="Ten checks of a model; exit 1 if one fails, 78 if the command is not understood, the device is not "
-        "there or the report cannot be written. With --config, a tokenizer that the run would train is trained, and "
+        description="Ten checks of a model; exit 1 if one fails, 78 if the command is not understood, the device is "
+        "not there or the report cannot be written. With --config, a tokenizer that the run would train is trained, and "
         "kept in data.packed_dir.",
         formatter_class=Help,
         allow_abbrev=False,
@@ -175,7 +175,7 @@ def require_folder_of_model(name_or_path: str) -> None:
             found="a run's checkpoint",
             remedy="Give the run directory, or export it: python -m encdec.checkpoints export CHECKPOINT DIR",
         )
-    is_path = path.is_absolute() or name_or_path.startswith((".", "~")) or len(path.parts) > 2  # noqa: PLR2004
+    is_path = path.is_absolute() or name_or_path.startswith((".", "~")) or len(path.parts) > 2
     if is_path and not path.exists():
         raise MissingPrerequisite("--model-path must be there", found="no such folder", remedy="Correct the path")
 

@@ -101,8 +101,8 @@ class Qwen3EncoderDecoderTokenizer(Qwen2Tokenizer):
             *args, **kwargs: transformers' own.
 
         Raises:
-            ConfigError: the tokenizer already has more sentinels than wanted, or fewer than 0 are wanted, or it has mode tokens where none are, or lacks
-                `<|im_end|>`.
+            ConfigError: the tokenizer already has more sentinels than wanted, or fewer than 0 are wanted; it has mode
+                tokens where none are wanted, or lacks `<|im_end|>`.
             MissingPrerequisite: no such directory, no tokenizer in it, or no way to the hub.
         """
         if num_sentinel_tokens is not None:

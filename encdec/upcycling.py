@@ -13,10 +13,10 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from encdec.checkpoints.weights import Piece, Weights, whole
+from encdec.checkpoints.weights import Piece, Weights, box, whole
 from encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 from encdec.errors import ConfigError
-from encdec.initialization.streams import StoredStream, box
+from encdec.initialization.streams import StoredStream
 from encdec.modeling_qwen3_encdec import Qwen3ForSeq2SeqLM
 from encdec.training.config import ModelConfig
 from encdec.weight_initialization import UnfilledModel, allocate

@@ -16,7 +16,7 @@ from encdec.checkpoints.catalog import committed
 from encdec.checkpoints.manifest import MANIFEST, manifest_digest, read_manifest, verify
 from encdec.checkpoints.payload import open_weights
 from encdec.checkpoints.stored import feed_tensor, require_same_model
-from encdec.checkpoints.weights import Weights, digest_weights
+from encdec.checkpoints.weights import Weights, box, digest_weights
 from encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 from encdec.errors import CheckpointError, ConfigError, MissingPrerequisite, RunDirectoryError, UnreadableCheckpoint
 from encdec.files import RunPaths, atomic_write_json

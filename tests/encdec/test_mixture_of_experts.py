@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForSeq2SeqLM
 
-from encdec.checkpoints.weights import Piece
+from encdec.checkpoints.weights import Piece, box
 from encdec.checkpoints.weights import whole as whole_of
 from encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 from encdec.errors import ConfigError
 from encdec.flops import forward_flops
-from encdec.initialization.streams import StoredStream, box
+from encdec.initialization.streams import StoredStream
 from encdec.mixture_of_experts import Qwen3MoeFeedForward, Routing, recorded_routing, sequence_balance
 from encdec.modeling_qwen3_encdec import Qwen3ForSeq2SeqLM
 from encdec.training.config import ModelConfig

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -65,7 +67,7 @@ def test_our_card_is_pushed(how: str, tmp_path, monkeypatch):
         repo_id = "someone/model"
 
     def commit(self, operations, **options):
-        cards.extend(open(o.path_or_fileobj).read() for o in operations if o.path_in_repo == "README.md")
+        cards.extend(Path(o.path_or_fileobj).read_text() for o in operations if o.path_in_repo == "README.md")
 
     def none_there(*names, **options):
         raise EntryNotFoundError("no card")
