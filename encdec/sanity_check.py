@@ -43,8 +43,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog="python -m encdec.sanity_check",
         description="Ten checks of a model; exit 1 if one fails, 78 if the command is not understood, the device is "
-        "not there or the report cannot be written. With --config, a tokenizer that the run would train is trained, and "
-        "kept in data.packed_dir.",
+        "not there or the report cannot be written. With --config, a tokenizer that the run would train is trained "
+        "and kept in data.packed_dir.",
         formatter_class=Help,
         allow_abbrev=False,
     )

@@ -50,8 +50,8 @@ def test_arguments_of_other_models(name: str):
 def test_tokenizers_numbers(tmp_path):
     texts = ["def greet(name):\n    return name\n" * 9]
     with pytest.raises(ConfigError, match="0 or more, found -1"):
-        Qwen3EncoderDecoderTokenizer.train_from_texts(texts, 280, -1)
-    tokenizer = Qwen3EncoderDecoderTokenizer.train_from_texts(texts, 280, 0)
+        Qwen3EncoderDecoderTokenizer.train_from_texts(texts, 270, -1)
+    tokenizer = Qwen3EncoderDecoderTokenizer.train_from_texts(texts, 270, 0)
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="0 or more, found -1"):
         Qwen3EncoderDecoderTokenizer.from_pretrained(tmp_path, num_sentinel_tokens=-1)
