@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 
 aten = torch.ops.aten
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
@@ -44,7 +45,7 @@ def flash_can(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
 # ---- operators
 
 
-@torch.library.custom_op("encdec::packed_attention", mutates_args=())
+@custom_op("encdec::packed_attention", mutates_args=())
 def packed_attention(
     query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -64,7 +65,7 @@ def packed_attention(
     return _forward(query, key, value, offsets, offsets, longest, longest, causal, scale)
 
 
-@torch.library.custom_op("encdec::packed_attention_backward", mutates_args=())
+@custom_op("encdec::packed_attention_backward", mutates_args=())
 def packed_attention_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, offsets: Tensor, longest: int,
     causal: bool, scale: float,
@@ -73,7 +74,7 @@ def packed_attention_backward(
     return _backward(grad, query, key, value, out, lse, offsets, offsets, longest, longest, causal, scale)
 
 
-@torch.library.custom_op("encdec::split_attention", mutates_args=())
+@custom_op("encdec::split_attention", mutates_args=())
 def split_attention(
     query: Tensor, key: Tensor, value: Tensor, encoder_key: Tensor, encoder_value: Tensor, offsets: Tensor,
     encoder_offsets: Tensor, longest: int, encoder_longest: int, scale: float,
@@ -102,7 +103,7 @@ def split_attention(
     return (own * out + other * crossed).to(query.dtype), merged_lse
 
 
-@torch.library.custom_op("encdec::split_attention_backward", mutates_args=())
+@custom_op("encdec::split_attention_backward", mutates_args=())
 def split_attention_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, encoder_key: Tensor, encoder_value: Tensor, out: Tensor,
     lse: Tensor, offsets: Tensor, encoder_offsets: Tensor, longest: int, encoder_longest: int, scale: float,

@@ -100,9 +100,8 @@ class _Converted:
         return [whole(self.tensors[name])]
 
     def read(self, name: str, piece: Piece | None = None) -> Tensor:
-        values = self._weights.read(name, piece).to(
-            self.tensors[name].dtype, copy=True
-        )  # each name memory of its own, as safetensors demands
+        # a copy: encoder and decoder read the same tensor, and safetensors refuses two names of one memory
+        values = self._weights.read(name, piece).to(self.tensors[name].dtype, copy=True)
         feed_tensor(self.hasher, name, values)
         return values
 

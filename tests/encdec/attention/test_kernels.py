@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.library import opcheck
 
 from encdec.attention.kernels import flash_can, packed_attention, split_attention
 
@@ -73,10 +74,8 @@ class TestSplit:
         assert (found.float() - exact).abs().max() <= 2 * (rounded.float() - exact).abs().max()
 
     def test_the_operators_keep_their_contract_with_torch(self):
-        torch.library.opcheck(
-            split_attention, (*tensors(), offsets(DECODER), offsets(ENCODER), max(DECODER), max(ENCODER), SCALE)
-        )
-        torch.library.opcheck(packed_attention, (*tensors()[:3], offsets(DECODER), max(DECODER), True, SCALE))
+        opcheck(split_attention, (*tensors(), offsets(DECODER), offsets(ENCODER), max(DECODER), max(ENCODER), SCALE))
+        opcheck(packed_attention, (*tensors()[:3], offsets(DECODER), max(DECODER), True, SCALE))
 
 
 @pytest.mark.parametrize("causal", [False, True])
