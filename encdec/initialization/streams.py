@@ -18,8 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from encdec.checkpoints.stored import persistent_buffers
-from encdec.checkpoints.weights import Piece, Weights
-from encdec.checkpoints.weights import box as box  # for those that import it from here
+from encdec.checkpoints.weights import Piece, Weights, box
 
 Read = Callable[[Piece | None], Tensor]
 """A box of a parameter's values, or all of them, on the CPU. Valid until the stream goes on."""
